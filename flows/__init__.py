@@ -1,0 +1,1 @@
+"""What runs, in what order, and what waits for what: Prefect flows, and the command line."""

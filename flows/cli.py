@@ -1,0 +1,300 @@
+"""The command line: `onboard`.
+
+Prefect takes two seconds to import, so each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from tasks.errors import InputError, OnboardError
+
+if TYPE_CHECKING:
+    from flows.report import Report
+    from tasks.request import OnboardRequest
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="From a released LLM to its GPU kernels in FlashInfer-Bench.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a kernel failed, 2 wrong input, 3 waiting for something upstream.",
+)
+
+Workspace = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        help="Folder of clones, manifests and the outbox [default: ONBOARD_WORKSPACE, ./workspace].",
+        show_default=False,
+    ),
+]
+
+
+def _reported(command: Callable[P, int]) -> Callable[P, None]:
+    """Turn a command's errors into one line on standard error, and its result into the exit code."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except OnboardError as error:
+            typer.echo(f"onboard: {error}", err=True)
+            code = error.exit_code
+        raise typer.Exit(code)
+
+    return run
+
+
+@app.command("run")
+@_reported
+def run_model(
+    model_name: Annotated[str, typer.Option(help="Model slug, e.g. qwen3-30b-a3b.")],
+    hf_repo_id: Annotated[str | None, typer.Option(help="Hugging Face repository id.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Use this config.json.")] = None,
+    phases: Annotated[str, typer.Option(help="Phases to run, comma-separated.")] = "0,1,2,3,4",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing here.")
+    ] = False,
+    skip_workload: Annotated[
+        bool, typer.Option("--skip-workload", help="Do not collect workloads (no GPU needed).")
+    ] = False,
+    no_submit_prs: Annotated[
+        bool, typer.Option("--no-submit-prs", help="Stop before publishing (phase 4).")
+    ] = False,
+    dumps: Annotated[
+        Path | None, typer.Option(help="Collect from this folder of recorded FlashInfer dumps.")
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Forget what an earlier run recorded.")
+    ] = False,
+    workspace: Workspace = None,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Keep the Prefect UI up at the end, until Ctrl-C.")
+    ] = False,
+) -> int:
+    """Onboard one model, or go on where an earlier run of it stopped."""
+    from tasks import settings
+
+    options = settings.load_settings(workspace)
+    request = _request(
+        model_name=model_name,
+        hf_repo_id=hf_repo_id,
+        config=config.absolute() if config else None,
+        workspace=options.workspace,
+        phases=_phases(phases),
+        skip_workload=skip_workload,
+        submit_prs=not no_submit_prs,
+        refresh=refresh,
+        dumps=dumps.absolute() if dumps else None,
+    )
+    _preflight(request)
+    return _dry_run(request) if dry_run else _run(request, ui)
+
+
+def _phases(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--phases: {text!r} is not a list like 0,1,2") from error
+
+
+def _request(**fields: Any) -> OnboardRequest:
+    from pydantic import ValidationError
+
+    from tasks.request import OnboardRequest
+
+    try:
+        return OnboardRequest(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise InputError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _preflight(request: OnboardRequest) -> None:
+    """Find what is plainly wrong before anything is started."""
+    from tasks import manifest, model
+
+    if request.config:
+        model.read_config(request.config)
+    path = manifest.latest(request.workspace, request.model_name)
+    if path:
+        manifest.check_same_model(
+            manifest.load(path), path, request.model_name, request.hf_repo_id
+        )
+
+
+def _run(request: OnboardRequest, ui: bool) -> int:
+    import time
+
+    from rich.console import Console
+
+    from flows.embedded import prefect_server
+    from flows.progress import Progress
+
+    console = Console()
+    started = time.monotonic()
+    with prefect_server(request.workspace) as url:
+        from flows.onboard import onboard_model
+        from flows.report import Report
+        from tasks import manifest
+        from tasks.settings import load_settings
+        from tasks.step import phase_seconds
+
+        started_server = time.monotonic()
+        console.print(f"Onboarding {request.model_name} in {request.workspace}", highlight=False)
+        with Progress(request.workspace, request.model_name, console):
+            state = onboard_model(request, return_state=True)
+        failure = state.result(raise_on_failure=False)
+        if isinstance(failure, OnboardError):
+            raise failure
+        path = manifest.latest(request.workspace, request.model_name)
+        if path is None:
+            raise OnboardError(f"the run ended {state.name} without a manifest: {state.message}")
+        report = Report(manifest.load(path), path)
+        _print_report(report, console)
+        spent = ", ".join(f"phase {n} {s:.1f} s" for n, s in phase_seconds().items())
+        console.print(
+            f"Time: server {started_server - started:.1f} s, {spent}, "
+            f"in all {time.monotonic() - started:.1f} s",
+            highlight=False,
+        )
+        console.print(f"Outbox: {load_settings(request.workspace).outbox}", highlight=False)
+        if isinstance(failure, BaseException) and report.exit_code == 0:
+            raise OnboardError(f"the run ended {state.name}: {state.message}")
+        if ui:
+            console.print(f"Prefect UI: {url.removesuffix('/api')} (Ctrl-C to end)")
+            _until_interrupted()
+    return report.exit_code
+
+
+def _until_interrupted() -> None:
+    import signal
+
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        return
+
+
+def _print_report(report: Report, console: Any) -> None:
+    from rich.table import Table
+
+    from tasks.manifest import Route
+
+    table = Table(title=f"Kernels of {report.run.model_slug}", title_justify="left", box=None)
+    rows = [report.row(entry) for entry in report.run.kernels]
+    for heading in rows[0] if rows else ():
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    # A table is not folded: where the line is too short the terminal wraps it, and a pipe has all.
+    console.print(table, width=max(console.width, console.measure(table).maximum), crop=False)
+    for entry in report.run.kernels:
+        if entry.error:
+            console.print(f"failed: {entry.error}", style="red", highlight=False)
+        elif report.run.state(entry) == "waiting":
+            console.print(f"waiting: {entry.definition_name} for {entry.sglang_pr_url}")
+        elif entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
+            console.print(f"requested: {entry.definition_name}: {entry.fi_issue_url}")
+    extra = report.run.model_extra or {}
+    for item in extra.get("not_produced", []):
+        console.print(f"not produced: {item['what']}: {item['reason']}", highlight=False)
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(report.states.items()))
+    console.print(f"Report: {counts}", highlight=False)
+    console.print(f"Manifest: {report.path}", highlight=False)
+
+
+def _dry_run(request: OnboardRequest) -> int:
+    """Take the inventory in a temporary folder and say what a run would do."""
+    from rich.console import Console
+
+    from flows.report import Report
+    from flows.rehearsal import rehearse
+    from tasks.request import remaining_steps
+
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="onboard-dry-run-") as folder:
+        run, path = rehearse(request, Path(folder), lambda line: console.print(line))
+    report = Report(run, path)
+    _print_report(report, console)
+    console.print("Would do:")
+    for entry in run.kernels:
+        steps = remaining_steps(run, entry, request)
+        if steps:
+            console.print(f"  {entry.definition_name}: {', '.join(step.value for step in steps)}")
+    return 0
+
+
+@app.command()
+@_reported
+def status(
+    manifest_file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MANIFEST]", help="A run manifest [default: all in the workspace]."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    workspace: Workspace = None,
+) -> int:
+    """Show where every kernel of a run stands; the exit code is the run's."""
+    from rich.console import Console
+
+    from flows.report import Report
+    from tasks import manifest, settings
+
+    paths = [manifest_file] if manifest_file else []
+    if not paths:
+        folder = settings.load_settings(workspace).workspace
+        paths = sorted(folder.glob("onboard_*.json"))
+        if not paths:
+            raise InputError(f"{folder}: has no run manifest (onboard_*.json)")
+    reports = [Report(manifest.load(path), path) for path in paths]
+    if as_json:
+        shown = [
+            {
+                "manifest": str(report.path),
+                "model_slug": report.run.model_slug,
+                "states": dict(report.states),
+                "kernels": [
+                    {**row, "links": report.links(entry), "error": entry.error}
+                    for row, entry in zip(report.inventory(), report.run.kernels, strict=True)
+                ],
+            }
+            for report in reports
+        ]
+        typer.echo(json.dumps(shown, indent=2))
+    else:
+        for report in reports:
+            _print_report(report, Console())
+    codes = {report.exit_code for report in reports}
+    return 1 if 1 in codes else max(codes)
+
+
+@app.command()
+@_reported
+def sample(
+    workspace: Annotated[Path, typer.Option("--workspace", help="Folder to create.")] = Path("demo"),
+) -> int:
+    """Write the demo workspace: real inputs as local git remotes."""
+    from tasks.repos.sample import make_sample
+
+    made = make_sample(workspace.absolute(), lambda line: typer.echo(f"sample: {line}"))
+    typer.echo(f"sample: {workspace} {'is ready' if made else 'is already there'}")
+    return 0
+
+
+def main() -> None:
+    """Run the command line."""
+    sys.exit(app())

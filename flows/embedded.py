@@ -1,0 +1,165 @@
+"""A private Prefect server for one command: history stays in the workspace, nothing stays running.
+
+Prefect's own in-process server loses task runs and takes as long to start, so the command line
+starts a real one on a free loopback port, with its database in the workspace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from filelock import FileLock, Timeout
+
+from tasks.errors import InputError, OnboardError
+
+_START_SECONDS = 180
+_QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_CLI_COLORS": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    # Nothing is scheduled, late or paused in a server that lives for one command.
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+}
+_CLIENT = {
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end the server when this process dies, however it dies."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def home(workspace: Path) -> Path:
+    """Return the folder of the workspace's Prefect database, results and log."""
+    return workspace / ".prefect"
+
+
+@contextlib.contextmanager
+def prefect_server(workspace: Path) -> Iterator[str]:
+    """Run a server while the block runs, and point this process's Prefect at it.
+
+    If `PREFECT_API_URL` is set, that server is used and nothing is started.
+
+    Yields:
+        The API's URL.
+
+    Raises:
+        InputError: the workspace cannot be written, or another command is using it.
+        OnboardError: the server did not start.
+    """
+    given = os.environ.get("PREFECT_API_URL")
+    if given:
+        yield given
+        return
+    folder = home(workspace)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "server.lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{workspace}: another onboard command is running here; wait for it, or share a "
+            "server between them with PREFECT_API_URL"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{workspace}: cannot be written ({error.strerror})") from error
+    before = dict(os.environ)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    shared = {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_LOCAL_STORAGE_PATH": str(folder / "storage"),
+        "PREFECT_API_URL": url,
+    }
+    database = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
+    try:
+        with (
+            (folder / "server.log").open("ab") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", "prefect", "server", "start"]
+                + ["--host", "127.0.0.1", "--port", str(port)],
+                env={
+                    **os.environ,
+                    **_QUIET,
+                    **shared,
+                    "PREFECT_API_DATABASE_CONNECTION_URL": database,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call before exec
+            ) as server,
+        ):
+            try:
+                _wait_until_healthy(url, server, folder / "server.log")
+                os.environ.update({**_CLIENT, **shared})
+                yield url
+            finally:
+                _send_what_is_queued()
+                os.environ.clear()
+                os.environ.update(before)
+                _stop(server)
+    finally:
+        lock.release()
+
+
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    with httpx.Client(timeout=5, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            if server.poll() is not None:
+                raise OnboardError(f"the Prefect server ended at once, see {log}")
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(f"{url}/health").is_success:
+                    return
+            time.sleep(0.1)
+    raise OnboardError(f"the Prefect server did not answer in {_START_SECONDS} s, see {log}")
+
+
+def _send_what_is_queued() -> None:
+    """Have Prefect send its queued logs and events before the server goes.
+
+    Its workers would otherwise retry against a closed port for a minute when the process exits.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=20, at_exit=False)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

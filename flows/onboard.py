@@ -1,0 +1,112 @@
+"""Onboard one model: `onboard-model`.
+
+Phase 0 and 1 run here, then one `onboard-kernel` run per kernel that has anything left to do, side by
+side. The report at the end has every kernel's state; the run fails only if a kernel failed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task, unmapped
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.futures import wait
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.dispatch import start_kernel
+from flows.kernel import drafts_folder
+from flows.report import Report
+from tasks import manifest, settings
+from tasks.define.task import draft
+from tasks.discover.task import discover_kernels
+from tasks.errors import InputError
+from tasks.repos.clone import PHASE0, in_hand
+from tasks.repos.task import update_repo
+from tasks.request import OnboardRequest, Step, remaining_steps
+
+
+@flow(
+    name="onboard-model",
+    flow_run_name="{request.model_name}",
+    description=(
+        "Onboard a model: bring the sources up to date, compute and classify its kernels, then "
+        "run one onboard-kernel per kernel with work left. Running it again continues where the "
+        "manifest says."
+    ),
+    task_runner=ThreadPoolTaskRunner(max_workers=4),
+)
+def onboard_model(request: OnboardRequest) -> State[str]:
+    """Run the requested phases for one model; the final state's data is the manifest's path.
+
+    Args:
+        request: the model and what to do.
+    """
+    shas = update_sources(request)
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    path = manifest.open_for(request.workspace, request.model_name, request.hf_repo_id, today)
+    if 1 in request.phases:
+        discover_kernels(request, shas, path)
+    run = manifest.load(path)
+    todo = {
+        entry.definition_name: steps
+        for entry in run.kernels
+        if (steps := remaining_steps(run, entry, request))
+    }
+    get_run_logger().info(
+        "%d of %d kernels have work to do", len(todo), len(manifest.load(path).kernels)
+    )
+    undefined = [name for name, steps in todo.items() if Step.DEFINE in steps]
+    if undefined:
+        draft(path, undefined, drafts_folder(request))
+    wait(start_kernel.map(unmapped(request), unmapped(path), list(todo)))
+    return report(path)
+
+
+def update_sources(request: OnboardRequest) -> dict[str, str]:
+    """Run phase 0 side by side for all repositories, or take the clones in hand without it.
+
+    Raises:
+        InputError: phase 0 is not wanted and a clone is missing.
+    """
+    options = settings.load_settings(request.workspace)
+    names = list(PHASE0)
+    if 4 in request.phases and request.submit_prs:
+        names.append("flashinfer_bench")
+    if 0 in request.phases:
+        remotes = options.remotes.model_dump()
+        futures = {
+            name: update_repo.submit(name, remotes[name], options.clone(name)) for name in names
+        }
+        wait(list(futures.values()))
+        shas = {name: future.result() for name, future in futures.items()}
+    else:
+        clones = {name: in_hand(name, options.clone(name)) for name in names}
+        missing = sorted(name for name, checkout in clones.items() if checkout is None)
+        if missing:
+            raise InputError(
+                f"{request.workspace}: has no clone of {', '.join(missing)}; run phase 0 first"
+            )
+        shas = {name: checkout.sha for name, checkout in clones.items() if checkout}
+    return {name: shas[name] for name in PHASE0}
+
+
+@task(name="report", description="Write the inventory and the final report as artifacts.")
+def report(path: Path) -> State[str]:
+    """Write the artifacts; Failed if any kernel failed, whatever became of the others."""
+    result = Report(manifest.load(path), path)
+    key = re.sub(r"[^a-z0-9]+", "-", result.run.model_slug.lower()).strip("-")
+    create_table_artifact(
+        key=f"inventory-{key}",
+        table=result.inventory(),
+        description=f"Kernels of {result.run.model_slug}",
+    )
+    create_markdown_artifact(
+        key=f"report-{key}", markdown=result.markdown(), description="Where every kernel stands"
+    )
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(result.states.items()))
+    if result.exit_code == 1:
+        return Failed(message=counts, data=str(path))
+    return Completed(message=counts, data=str(path))

@@ -1,0 +1,91 @@
+"""Progress on the terminal, read from the run manifest as it changes."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tasks import manifest
+from tasks.errors import OnboardError
+from tasks.manifest import RunManifest
+
+_SECONDS = 0.3
+_STYLE = {
+    "failed": "red",
+    "waiting": "yellow",
+    "published": "green",
+    "existing": "dim",
+    "collected": "cyan",
+}
+
+
+class Progress:
+    """Shows every kernel's state while the block runs.
+
+    On a terminal a live table of the kernels that are not `existing`; elsewhere a line per change.
+    The manifest is read, never written; the run does not know that it is watched.
+    """
+
+    def __init__(self, workspace: Path, model_slug: str, console: Console) -> None:
+        self._workspace, self._slug, self._console = workspace, model_slug, console
+        self._seen: dict[str, str] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        self._look()
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+        if self._live:
+            self._live.stop()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        path = manifest.latest(self._workspace, self._slug)
+        if path is None:
+            self._seen = self._seen or {}
+            return
+        try:
+            run = manifest.load(path)
+        except OnboardError:
+            return  # The run itself reports a damaged manifest.
+        states = {entry.definition_name: run.state(entry) for entry in run.kernels}
+        if self._live:
+            self._live.update(_table(run, states))
+        elif self._seen is not None:
+            for name, state in states.items():
+                if state not in ("existing", self._seen.get(name, "new")):
+                    self._console.print(f"  {name}: {state}", highlight=False)
+        self._seen = states
+
+
+def _table(run: RunManifest, states: dict[str, str]) -> Table:
+    counts = Counter(states.values())
+    title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    table = Table(title=f"{run.model_slug}: {title}", box=None, show_header=False)
+    for name, state in states.items():
+        if state != "existing":
+            table.add_row(name, f"[{_STYLE.get(state, 'default')}]{state}")
+    return table

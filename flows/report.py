@@ -1,0 +1,76 @@
+"""What a run came to: counts for exit codes, tables for the UI and the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.manifest import KernelEntry, RunManifest
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of every kernel of a run."""
+
+    run: RunManifest
+    path: Path
+
+    @property
+    def states(self) -> Counter[str]:
+        """How many kernels are in each state."""
+        return Counter(self.run.state(entry) for entry in self.run.kernels)
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 some kernel failed, 3 some kernel waits for something upstream."""
+        if self.states["failed"]:
+            return 1
+        return 3 if self.states["waiting"] else 0
+
+    def row(self, entry: KernelEntry) -> dict[str, str]:
+        """Return one kernel's line of the inventory."""
+        template = {True: "yes", False: "no", None: "-"}[entry.fi_trace_template]
+        return {
+            "definition": entry.definition_name,
+            "op type": entry.op_type,
+            "phase 1": entry.phase1_status,
+            "FlashInfer": (entry.fi_status or "-").removeprefix("fi_"),
+            "template": template,
+            "SGLang": (entry.sgl_status or "-").removeprefix("sgl_"),
+            "state": self.run.state(entry),
+        }
+
+    def inventory(self) -> list[dict[str, str]]:
+        """Return a line per kernel."""
+        return [{"model": self.run.model_slug, **self.row(entry)} for entry in self.run.kernels]
+
+    def links(self, entry: KernelEntry) -> dict[str, str]:
+        """Return what was published for a kernel, by kind."""
+        pulls = self.run.phase4.get(entry.definition_name)
+        found = {
+            "dataset": pulls.flashinfer_trace_pr if pulls else None,
+            "coverage": pulls.flashinfer_bench_pr if pulls else None,
+            "kernel request": entry.fi_issue_url,
+            "SGLang": entry.sglang_pr_url,
+        }
+        return {kind: url for kind, url in found.items() if url}
+
+    def markdown(self) -> str:
+        """Return the report as the UI shows it."""
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
+        lines = [f"# {self.run.model_slug}", "", counts, "", f"Manifest: `{self.path}`", ""]
+        lines += ["| Kernel | State | Workloads | Links | Reason |", "|---|---|---:|---|---|"]
+        for entry in self.run.kernels:
+            links = ", ".join(f"[{kind}]({url})" for kind, url in self.links(entry).items())
+            rows = "" if entry.workload_entries is None else str(entry.workload_entries)
+            reason = (entry.error or "").replace("|", "\\|").replace("\n", " ")
+            lines.append(
+                f"| `{entry.definition_name}` | {self.run.state(entry)} | {rows} | {links} | "
+                f"{reason} |"
+            )
+        extra = self.run.model_extra or {}
+        left_out = [f"- {item['what']}: {item['reason']}" for item in extra.get("not_produced", [])]
+        if left_out:
+            lines += ["", "Not produced:", *left_out]
+        return "\n".join(lines) + "\n"

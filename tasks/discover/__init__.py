@@ -1,0 +1,1 @@
+"""Phase 1: which kernels a model needs, which are new, and who can run them."""

@@ -1,0 +1,54 @@
+"""Phase 1's Prefect task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import get_run_logger
+
+from tasks import manifest, settings
+from tasks.discover.phase import inventory
+from tasks.manifest import RepoShas, RunManifest
+from tasks.request import OnboardRequest
+from tasks.step import step
+
+
+@step(
+    1,
+    "discover-kernels",
+    "Compute the kernels the model needs, classify them, merge them into the manifest.",
+    once=False,
+)
+def discover_kernels(request: OnboardRequest, shas: dict[str, str], path: Path) -> bool:
+    """Run phase 1 and record it; return whether anything differs from what was recorded.
+
+    Raises:
+        InputError: the config, a clone or the manifest is wrong.
+    """
+    log = get_run_logger()
+    options = settings.load_settings(request.workspace)
+    clones = {name: options.clone(name) for name in shas}
+    cache = request.workspace / ".cache" / "sources"
+    found = inventory(request, clones, shas, cache, options)
+    known = (manifest.load(path).model_extra or {}).get("phase1_fingerprint")
+    if known == found.fingerprint and not request.refresh:
+        manifest.update(path, lambda run: setattr(run, "repo_shas", RepoShas(**shas)))
+        log.info("phase 1: unchanged, %d kernels", len(found.kernels))
+        return False
+
+    def record(run: RunManifest) -> None:
+        run.repo_shas = RepoShas(**shas)
+        manifest.merge_discovery(run, found.kernels, refresh=request.refresh)
+        extra = {
+            "architecture": found.model.architecture,
+            "model_class": found.model_class,
+            "serving": [vars(serving) for serving in found.servings],
+            "not_produced": [vars(item) for item in found.not_produced],
+            "phase1_fingerprint": found.fingerprint,
+        }
+        for key, value in extra.items():
+            setattr(run, key, value)
+
+    manifest.update(path, record)
+    log.info("phase 1: %d kernels for %s", len(found.kernels), request.model_name)
+    return True

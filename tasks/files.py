@@ -1,0 +1,86 @@
+"""Files that are never half-written, and paths that never escape.
+
+A write goes to a temporary name in the same folder and is renamed into place, so that a reader, or
+a later run after a crash, sees the old content or the new, never a part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+def safe_name(value: str, what: str) -> str:
+    """Return `value` if it can be one path component, without separators or a leading dot.
+
+    Raises:
+        InputError: it cannot; the message names `what` and the value.
+    """
+    if not _NAME.fullmatch(value):
+        raise InputError(
+            f"{what}: {value!r} is not a valid name (letters, digits, '.', '_' and '-' only, "
+            "starting with a letter or digit, at most 200 characters)"
+        )
+    return value
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically, creating parent folders.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json_object(path: Path, what: str, error: type[InputError] = InputError) -> dict[str, Any]:
+    """Read a JSON object, with errors that name the file.
+
+    Raises:
+        InputError: (or the given subclass) not readable, not JSON, or not an object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: {what} is not UTF-8 text (byte {cause.start})") from cause
+    except OSError as cause:
+        raise error(f"{path}: {what} cannot be read ({cause.strerror})") from cause
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as cause:
+        raise error(f"{path}: {what} is not JSON ({cause})") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,283 @@
+"""What an op module is: the single place that knows one kernel family.
+
+A module in this folder defines one or more `OpModule` subclasses and decorates them with
+`register`. Everything else (inventory, definitions, collection, publishing) goes through this
+interface, so a new kernel family is one new file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tasks.model import ModelConfig, Serving
+
+Json = dict[str, Any]
+
+
+class Scalar(BaseModel):
+    """A scalar input's true value and where it was read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: int | float | bool
+    source: str
+
+
+class KernelSpec(BaseModel):
+    """One kernel a model needs: the definition's name and everything that decides it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    op_type: str
+    variant: str
+    """Which of the op type's APIs (`decode`, `prefill`, ...)."""
+    axes: dict[str, int]
+    """The definition's const axes, sharded as this serving configuration shards them."""
+    tp: tuple[int, ...] = ()
+    """Tensor-parallel sizes that need it; empty where sharding does not change the kernel."""
+    ep: tuple[int, ...] = ()
+    scalars: dict[str, Scalar] = {}
+    """Scalar inputs that no dump carries, from the model config."""
+    constants: dict[str, float] = {}
+    """Values baked into the reference (a norm's epsilon)."""
+    origin: tuple[str, ...] = ()
+    """The formula and the serving configuration it came from."""
+
+    def merged(self, other: KernelSpec) -> KernelSpec:
+        """Return this spec with the parallelism and origins of an equal kernel added."""
+        return self.model_copy(
+            update={
+                "tp": tuple(sorted({*self.tp, *other.tp})),
+                "ep": tuple(sorted({*self.ep, *other.ep})),
+                "origin": tuple(dict.fromkeys((*self.origin, *other.origin))),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class NotProduced:
+    """A part of the model for which no definition is produced, and why; it is listed, not dropped."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FlashInferApi:
+    """The kernel is a FlashInfer API."""
+
+    path: str
+    """Public path, as the dataset's `fi_api` tag has it (a wrapper class without its method)."""
+    dumps: tuple[str, ...]
+    """Names under which FlashInfer dumps its calls."""
+    method: str | None = None
+    """The traced method, where `path` is a class."""
+    server_flags: tuple[str, ...] = ()
+    """What makes SGLang take this path, where it does not by default."""
+    sglang_layer: str = ""
+    """The SGLang file that would call it, relative to the repository."""
+
+
+@dataclass(frozen=True)
+class TorchOnly:
+    """The kernel is a plain PyTorch operation; there is no FlashInfer call to collect."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class NoKernel:
+    """FlashInfer has no such kernel."""
+
+    reason: str
+    keyword: str
+    """A word its name would contain; an API that has it is mentioned to the reader."""
+    sglang_file: str
+    """Where SGLang implements it, relative to the repository; empty if nowhere."""
+
+
+Provider = FlashInferApi | TorchOnly | NoKernel
+
+
+@dataclass(frozen=True)
+class MetaTensor:
+    """A tensor without data, for calling a trace template."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TemplateCall:
+    """How to call FlashInfer's own trace template on meta tensors (`api.fi_trace(**arguments)`).
+
+    Values are `MetaTensor`, a tuple of them, or plain JSON values.
+    """
+
+    api: str
+    """Import path of the API, `module:qualified.name`."""
+    arguments: Mapping[str, MetaTensor | tuple[MetaTensor, ...] | int | float | str | None]
+
+
+class Tensor(Protocol):
+    """A dumped tensor; its data is read only when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        ...
+
+    def load(self) -> np.ndarray:
+        """Read the data.
+
+        Raises:
+            DumpError: the file is truncated or lacks the tensor.
+        """
+        ...
+
+
+class Call(Protocol):
+    """One dumped FlashInfer call, its arguments under their parameter names."""
+
+    @property
+    def id(self) -> str:
+        """What names the call in reports."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The dumped function's name, `Class.method` for wrappers."""
+        ...
+
+    @property
+    def process(self) -> str:
+        """The serving process, unique across the sessions read together."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Tensor arguments by parameter name."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Other arguments by parameter name, as JSON has them."""
+        ...
+
+
+class DumpError(Exception):
+    """A dumped call lacks something a row needs; the text is the counted reason."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate workload, made of a real call."""
+
+    axes: Mapping[str, int]
+    """Every var axis of the definition."""
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Inputs stored with their values (index tensors, routing tensors)."""
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+    calls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A call that is no row, and why; reasons are counted."""
+
+    call: str
+    reason: str
+
+
+class OpModule(ABC):
+    """All that is known about one op type.
+
+    Method arguments named `spec` are always specs that this module's `required` yielded.
+    """
+
+    op_type: ClassVar[str]
+    architectures: ClassVar[frozenset[str]] = frozenset()
+    """Model classes mapped here although SGLang does not serve them."""
+
+    @abstractmethod
+    def required(
+        self, model: ModelConfig, serving: Serving
+    ) -> Iterator[KernelSpec | NotProduced]:
+        """Yield the kernels of this family that the model needs when served so."""
+
+    @abstractmethod
+    def provider(self, spec: KernelSpec) -> Provider:
+        """Say what would run the kernel."""
+
+    @abstractmethod
+    def definition(self, spec: KernelSpec) -> Json:
+        """Return the definition written here: schema and PyTorch `reference`.
+
+        Without name, op type and tags about the run, which are the same for every family.
+        """
+
+    def template_call(self, spec: KernelSpec) -> TemplateCall | None:  # noqa: ARG002
+        """Return the call of a trace template whose answer may be trusted, if there is one."""
+        return None
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:  # noqa: ARG002
+        """Turn a session's calls into candidate rows; calls of other APIs are passed over."""
+        return iter(())
+
+    def baseline(self, spec: KernelSpec) -> str | None:  # noqa: ARG002
+        """Return the source of `run(...)` wrapping the FlashInfer API, if it can be wrapped."""
+        return None
+
+
+_REGISTRY: dict[str, OpModule] = {}
+
+
+def register(module: type[OpModule]) -> type[OpModule]:
+    """Class decorator: make an op type known under its `op_type`."""
+    if module.op_type in _REGISTRY:
+        raise ValueError(f"op type {module.op_type!r} is registered twice")
+    _REGISTRY[module.op_type] = module()
+    return module
+
+
+def registry() -> Mapping[str, OpModule]:
+    """Return the registered op modules by op type."""
+    return _REGISTRY
+
+
+def var(description: str) -> Json:
+    """Return a var axis."""
+    return {"type": "var", "description": description}
+
+
+def const(value: int, description: str) -> Json:
+    """Return a const axis."""
+    return {"type": "const", "value": value, "description": description}
+
+
+def tensor(shape: Sequence[str], dtype: str, description: str) -> Json:
+    """Return a tensor input or output; `shape` names axes."""
+    return {"shape": list(shape), "dtype": dtype, "description": description}
+
+
+def scalar(dtype: str, description: str) -> Json:
+    """Return a scalar input."""
+    return {"shape": None, "dtype": dtype, "description": description}
+
+
+def check_axes(call: Call, seen: Mapping[str, int], wanted: Mapping[str, int]) -> None:
+    """Check the const axes that a call shows against a definition's.
+
+    Raises:
+        DumpError: one differs; the text has the numbers.
+    """
+    for axis, value in seen.items():
+        if value != wanted[axis]:
+            raise DumpError(f"{call.name}: {axis} is {value}, the definition has {wanted[axis]}")

@@ -1,0 +1,626 @@
+"""gqa_paged and gqa_ragged: grouped-query attention over a paged or a contiguous KV cache.
+
+Head counts are those one tensor-parallel rank sees: query heads divided by tp, KV heads divided by
+tp and replicated once there are fewer than tp (sglang/srt/models: `max(1, num_kv_heads // tp)`).
+
+A plan is not a run. SGLang's ragged mode plans the paged prefill wrapper too, for the cached prefix
+of each request, and runs it non-causally and only where there is one
+(`flashinfer_backend.py: forward_extend`). So a paged prefill plan counts only in a process that
+plans no ragged prefill; decode and ragged plans are always run. A plan over an empty KV never
+counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tasks.model import ModelConfig, Serving
+from tasks.ops.base import (
+    Call,
+    DumpError,
+    FlashInferApi,
+    Json,
+    KernelSpec,
+    MetaTensor,
+    NotProduced,
+    OpModule,
+    Rejected,
+    Row,
+    Scalar,
+    TemplateCall,
+    check_axes,
+    const,
+    register,
+    scalar,
+    tensor,
+    var,
+)
+
+_LAYER = "python/sglang/srt/layers/attention/flashinfer_backend.py"
+_FLAGS = ("--attention-backend flashinfer",)
+_DECODE = "BatchDecodeWithPagedKVCacheWrapper"
+_PAGED = "BatchPrefillWithPagedKVCacheWrapper"
+_RAGGED = "BatchPrefillWithRaggedKVCacheWrapper"
+_PAGE_SIZES = (1, 64)
+"""SGLang's own (1), and the size the dataset also publishes."""
+
+_HEADER = """\
+import math
+
+import torch
+
+
+@torch.no_grad()
+def run({arguments}):
+"""
+
+_ATTEND = """\
+        k_b = k_b.repeat_interleave(num_qo_heads // num_kv_heads, dim=1)
+        v_b = v_b.repeat_interleave(num_qo_heads // num_kv_heads, dim=1)
+        logits = torch.einsum("qhd,khd->qhk", q_b, k_b) * sm_scale
+        lengths = torch.arange(q_b.shape[0], device=q.device) + 1 + k_b.shape[0] - q_b.shape[0]
+        visible = torch.arange(k_b.shape[0], device=q.device)[None, :] < lengths[:, None]
+        logits = logits.masked_fill(~visible[:, None, :], -float("inf"))
+        lse[first:end] = torch.logsumexp(logits, dim=-1) / math.log(2.0)
+        weights = torch.nan_to_num(torch.softmax(logits, dim=-1))
+        output[first:end] = torch.einsum("qhk,khd->qhd", weights, v_b).to(output.dtype)
+"""
+
+_PAGED_BODY = """\
+    {total}, num_qo_heads, head_dim = q.shape
+    _, page_size, num_kv_heads, _ = k_cache.shape
+    assert num_qo_heads == {heads}
+    assert num_kv_heads == {kv_heads}
+    assert head_dim == {dim}
+    assert page_size == {page_size}
+
+    output = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -float("inf"), dtype=torch.float32, device=q.device)
+    for b in range(kv_indptr.shape[0] - 1):
+        first_page, end_page = int(kv_indptr[b]), int(kv_indptr[b + 1])
+        first, end = {span}
+        if first_page >= end_page or first >= end:
+            continue
+        pages = kv_indices[first_page:end_page].to(torch.long)
+        q_b = q[first:end].to(torch.float32)
+        k_b = k_cache[pages].to(torch.float32).reshape(-1, num_kv_heads, head_dim)
+        v_b = v_cache[pages].to(torch.float32).reshape(-1, num_kv_heads, head_dim)
+"""
+
+_LAST_PAGE = """\
+        length = (pages.shape[0] - 1) * page_size + int(kv_last_page_len[b])
+        k_b, v_b = k_b[:length], v_b[:length]
+"""
+
+_RAGGED_BODY = """\
+    total_q, num_qo_heads, head_dim = q.shape
+    total_kv, num_kv_heads, _ = k.shape
+    assert num_qo_heads == {heads}
+    assert num_kv_heads == {kv_heads}
+    assert head_dim == {dim}
+
+    output = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -float("inf"), dtype=torch.float32, device=q.device)
+    for b in range(qo_indptr.shape[0] - 1):
+        first, end = int(qo_indptr[b]), int(qo_indptr[b + 1])
+        first_kv, end_kv = int(kv_indptr[b]), int(kv_indptr[b + 1])
+        if first >= end or first_kv >= end_kv:
+            continue
+        q_b = q[first:end].to(torch.float32)
+        k_b = k[first_kv:end_kv].to(torch.float32)
+        v_b = v[first_kv:end_kv].to(torch.float32)
+"""
+
+_RETURN = "    return output, lse\n"
+
+_WRAPPER = """\
+import flashinfer
+import torch
+
+_state = {{}}
+
+
+def _wrapper(device):
+    if device not in _state:
+        workspace = torch.empty(256 * 1024 * 1024, dtype=torch.uint8, device=device)
+        _state[device] = flashinfer.{wrapper}(workspace, {layout})
+    return _state[device]
+
+
+"""
+
+_DECODE_BASELINE = """\
+def run({arguments}):
+    wrapper = _wrapper(q.device)
+    {last_page}
+    wrapper.plan(
+        kv_indptr,
+        kv_indices,
+        last_page_len,
+        num_qo_heads=q.shape[1],
+        num_kv_heads=k_cache.shape[2],
+        head_dim=q.shape[2],
+        page_size=k_cache.shape[1],
+        q_data_type=q.dtype,
+        kv_data_type=k_cache.dtype,
+        sm_scale=float(sm_scale),
+    )
+    return wrapper.run(q, (k_cache, v_cache), return_lse=True)
+"""
+
+_PAGED_BASELINE = """\
+def run({arguments}):
+    wrapper = _wrapper(q.device)
+    {last_page}
+    wrapper.plan(
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        last_page_len,
+        num_qo_heads=q.shape[1],
+        num_kv_heads=k_cache.shape[2],
+        head_dim_qk=q.shape[2],
+        page_size=k_cache.shape[1],
+        causal=True,
+        sm_scale=float(sm_scale),
+        q_data_type=q.dtype,
+        kv_data_type=k_cache.dtype,
+    )
+    return wrapper.run(q, (k_cache, v_cache), return_lse=True)
+"""
+
+_RAGGED_BASELINE = """\
+def run({arguments}):
+    wrapper = _wrapper(q.device)
+    wrapper.plan(
+        qo_indptr,
+        kv_indptr,
+        num_qo_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim_qk=q.shape[2],
+        causal=True,
+        sm_scale=float(sm_scale),
+        q_data_type=q.dtype,
+        kv_data_type=k.dtype,
+    )
+    return wrapper.run(q, k, v, return_lse=True)
+"""
+
+
+def _has_gqa(model: ModelConfig) -> bool:
+    return model.has_softmax_attention and not model.is_mla
+
+
+def _heads(model: ModelConfig, serving: Serving) -> tuple[int, int] | NotProduced:
+    """Query and KV heads of one rank."""
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    if heads % serving.tp or (kv_heads % serving.tp and serving.tp % kv_heads):
+        return NotProduced(
+            f"attention at tp={serving.tp}",
+            f"tp={serving.tp} does not divide {heads} query and {kv_heads} KV heads",
+        )
+    return heads // serving.tp, max(1, kv_heads // serving.tp)
+
+
+def _softmax_scale(model: ModelConfig) -> Scalar:
+    """The attention scale as SGLang's model files compute it."""
+    for field, power in (("query_pre_attn_scalar", -0.5), ("attention_multiplier", 1.0)):
+        value = model.raw.get(field)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return Scalar(value=float(value) ** power, source=f"config.json {field} = {value}")
+    return Scalar(
+        value=1 / math.sqrt(model.head_dim),
+        source=f"1/sqrt(head_dim) with config.json head_dim = {model.head_dim}",
+    )
+
+
+def _index(call: Call, name: str) -> np.ndarray:
+    """Load an index tensor of a plan as int32, the definition's dtype."""
+    dumped = call.tensors.get(name)
+    if dumped is None:
+        raise DumpError(f"{call.name}: the dump has no tensor {name!r}")
+    values = dumped.load()
+    if values.ndim != 1 or values.dtype not in (np.int32, np.int64) or values.size == 0:
+        raise DumpError(f"{call.name}: {name} is {values.dtype}{list(values.shape)}, not indices")
+    return values.astype(np.int32)
+
+
+def _indptr(call: Call, name: str) -> np.ndarray:
+    """Load an offset array, which must start at 0 and not decrease."""
+    values = _index(call, name)
+    if values[0] != 0 or (np.diff(values) < 0).any():
+        raise DumpError(f"{call.name}: {name} is not a sequence of offsets")
+    return values
+
+
+def _plan_integers(call: Call, names: dict[str, str]) -> dict[str, int]:
+    """Return axis -> value of the plan's integer arguments."""
+    seen = {}
+    for axis, name in names.items():
+        value = call.values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise DumpError(f"{call.name}: the dump has no integer {name!r}")
+        seen[axis] = value
+    return seen
+
+
+def _name_axes(spec_axes: dict[str, int]) -> str:
+    return "h{num_qo_heads}_kv{num_kv_heads}_d{head_dim}".format_map(spec_axes)
+
+
+_AXES = {
+    "num_qo_heads": "Query heads of one rank.",
+    "num_kv_heads": "Key-value heads of one rank.",
+    "head_dim": "Dimension of one head.",
+    "page_size": "Tokens in one page of the KV cache.",
+}
+
+
+@register
+class GqaPaged(OpModule):
+    """Decode and causal prefill over a paged KV cache."""
+
+    op_type = "gqa_paged"
+
+    def required(
+        self, model: ModelConfig, serving: Serving
+    ) -> Iterator[KernelSpec | NotProduced]:
+        """Both stages at both page sizes."""
+        if not _has_gqa(model):
+            return
+        heads = _heads(model, serving)
+        if isinstance(heads, NotProduced):
+            yield heads
+            return
+        for stage in ("decode", "prefill"):
+            for page_size in _PAGE_SIZES:
+                axes = {
+                    "num_qo_heads": heads[0],
+                    "num_kv_heads": heads[1],
+                    "head_dim": model.head_dim,
+                    "page_size": page_size,
+                }
+                prefix = "gqa_paged_decode" if stage == "decode" else "gqa_paged_prefill_causal"
+                yield KernelSpec(
+                    name=f"{prefix}_{_name_axes(axes)}_ps{page_size}",
+                    op_type=self.op_type,
+                    variant=stage,
+                    axes=axes,
+                    tp=(serving.tp,),
+                    scalars={"sm_scale": _softmax_scale(model)},
+                    origin=(
+                        f"{model.num_heads} query and {model.num_kv_heads} KV heads at "
+                        f"tp={serving.tp} ({serving.origin})",
+                    ),
+                )
+
+    def provider(self, spec: KernelSpec) -> FlashInferApi:
+        """The batch wrappers that SGLang's flashinfer attention backend plans and runs."""
+        wrapper = _DECODE if spec.variant == "decode" else _PAGED
+        module = "decode" if spec.variant == "decode" else "prefill"
+        flags = _FLAGS if spec.axes["page_size"] == 1 else (*_FLAGS, "--page-size 64")
+        return FlashInferApi(
+            path=f"flashinfer.{module}.{wrapper}",
+            method="run",
+            dumps=(f"{wrapper}.plan", f"{wrapper}.run"),
+            server_flags=flags,
+            sglang_layer=_LAYER,
+        )
+
+    def template_call(self, spec: KernelSpec) -> TemplateCall | None:
+        """Trusted at page size 1; the templates know no `kv_last_page_len`."""
+        if spec.axes["page_size"] != 1:
+            return None
+        axes = spec.axes
+        cache = MetaTensor((64, 1, axes["num_kv_heads"], axes["head_dim"]), "bfloat16")
+        decode = spec.variant == "decode"
+        rows = 8 if decode else 100
+        arguments: dict[str, MetaTensor | tuple[MetaTensor, ...]] = {
+            "q": MetaTensor((rows, axes["num_qo_heads"], axes["head_dim"]), "bfloat16"),
+            "paged_kv_cache": (cache, cache),
+            "kv_indptr": MetaTensor((9,), "int32"),
+            "kv_indices": MetaTensor((40,), "int32"),
+        }
+        if not decode:
+            arguments["qo_indptr"] = MetaTensor((9,), "int32")
+        wrapper = f"decode:{_DECODE}" if decode else f"prefill:{_PAGED}"
+        return TemplateCall(f"flashinfer.{wrapper}.run", arguments)
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """Attention of each sequence's queries over its pages, with the 2-based log-sum-exp."""
+        axes, decode = spec.axes, spec.variant == "decode"
+        page_size, rows = axes["page_size"], "batch_size" if decode else "total_q"
+        query = [rows, "num_qo_heads", "head_dim"]
+        cache = ["num_pages", "page_size", "num_kv_heads", "head_dim"]
+        inputs = {
+            "q": tensor(query, "bfloat16", "Queries."),
+            "k_cache": tensor(cache, "bfloat16", "Paged key cache."),
+            "v_cache": tensor(cache, "bfloat16", "Paged value cache."),
+        }
+        if not decode:
+            inputs["qo_indptr"] = tensor(["len_indptr"], "int32", "Query offsets per sequence.")
+        inputs["kv_indptr"] = tensor(["len_indptr"], "int32", "Page offsets per sequence.")
+        inputs["kv_indices"] = tensor(["num_kv_indices"], "int32", "Page ids, all sequences.")
+        if page_size > 1:
+            inputs["kv_last_page_len"] = tensor(
+                ["batch_size"], "int32", "Valid tokens in each sequence's last page."
+            )
+        inputs["sm_scale"] = scalar("float32", "Softmax scale.")
+        variable = {
+            "num_pages": var("Pages in the KV cache."),
+            "len_indptr": var("Length of the offset arrays (batch_size + 1)."),
+            "num_kv_indices": var("Page ids in kv_indices."),
+        }
+        if decode or page_size > 1:
+            variable["batch_size"] = var("Number of sequences.")
+        if not decode:
+            variable["total_q"] = var("Query tokens of all sequences.")
+        constraints = ["num_kv_indices == kv_indptr[-1].item()"]
+        constraints.insert(
+            0, "len_indptr == batch_size + 1" if decode else "total_q == qo_indptr[-1].item()"
+        )
+        reference = _HEADER + _PAGED_BODY + (_LAST_PAGE if page_size > 1 else "") + _ATTEND
+        what = "decode" if decode else "prefill, causal,"
+        return {
+            "description": (
+                f"Batched grouped-query attention {what} with a paged KV cache "
+                f"(page_size={page_size})."
+            ),
+            "tags": [f"stage:{spec.variant}"],
+            "axes": {**{a: const(axes[a], text) for a, text in _AXES.items()}, **variable},
+            "constraints": constraints,
+            "inputs": inputs,
+            "outputs": {
+                "output": tensor(query, "bfloat16", "Attention output."),
+                "lse": tensor(query[:2], "float32", "2-based log-sum-exp of the logits."),
+            },
+            "reference": (reference + _RETURN).format(
+                arguments=", ".join(inputs),
+                total=rows,
+                heads=axes["num_qo_heads"],
+                kv_heads=axes["num_kv_heads"],
+                dim=axes["head_dim"],
+                page_size=page_size,
+                span="b, b + 1" if decode else "int(qo_indptr[b]), int(qo_indptr[b + 1])",
+            ),
+        }
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per plan that is known to be run."""
+        wrapper = _DECODE if spec.variant == "decode" else _PAGED
+        ragged = {call.process for call in calls if call.name == f"{_RAGGED}.plan"}
+        for call in calls:
+            if call.name != f"{wrapper}.plan":
+                continue
+            try:
+                if spec.variant == "prefill" and call.process in ragged:
+                    raise DumpError(
+                        f"{call.name}: no evidence of a causal run (the process plans ragged "
+                        "prefill, this plan covers cached prefixes only)"
+                    )
+                yield self._row(spec, call)
+            except DumpError as error:
+                yield Rejected(call.id, str(error))
+
+    def _row(self, spec: KernelSpec, call: Call) -> Row:
+        decode = spec.variant == "decode"
+        names = {
+            "num_qo_heads": "num_qo_heads",
+            "num_kv_heads": "num_kv_heads",
+            "head_dim": "head_dim" if decode else "head_dim_qk",
+        }
+        check_axes(call, _plan_integers(call, names), spec.axes)
+        planned = _plan_integers(call, {"page_size": "page_size"})["page_size"]
+        if planned != 1:
+            raise DumpError(f"{call.name}: planned with page_size {planned}, expected 1")
+        kv_indptr = _indptr(call, "indptr" if decode else "paged_kv_indptr")
+        total = int(kv_indptr[-1])
+        if total == 0:
+            raise DumpError(f"{call.name}: the KV is empty")
+        kv_indices = _index(call, "indices" if decode else "paged_kv_indices")
+        if kv_indices.size < total:
+            raise DumpError(f"{call.name}: {kv_indices.size} indices for {total} KV tokens")
+        # SGLang allocates prefill indices with slack; only the first indptr[-1] are meant.
+        kv_indices = kv_indices[:total]
+        if kv_indices.min() < 0:
+            raise DumpError(f"{call.name}: negative page index {kv_indices.min()}")
+        stored = {"kv_indptr": kv_indptr, "kv_indices": kv_indices}
+        axes = {"len_indptr": kv_indptr.size}
+        if spec.axes["page_size"] > 1:
+            stored = _regroup(call, stored, spec.axes["page_size"])
+        if decode or spec.axes["page_size"] > 1:
+            axes["batch_size"] = kv_indptr.size - 1
+        if not decode:
+            qo_indptr = _indptr(call, "qo_indptr")
+            if qo_indptr.size != kv_indptr.size:
+                raise DumpError(
+                    f"{call.name}: {qo_indptr.size} query offsets, {kv_indptr.size} KV offsets"
+                )
+            axes["total_q"] = int(qo_indptr[-1])
+            stored = {"qo_indptr": qo_indptr, **stored}
+        axes["num_kv_indices"] = stored["kv_indices"].size
+        # The pool's size is not in a plan; the smallest pool that holds every page is exact.
+        axes["num_pages"] = int(stored["kv_indices"].max()) + 1
+        return Row(axes=axes, tensors=stored, scalars=dict(spec.scalars), calls=(call.id,))
+
+    def baseline(self, spec: KernelSpec) -> str:
+        """Plan and run the wrapper; the workspace is allocated once per device."""
+        decode = spec.variant == "decode"
+        arguments = ", ".join(self.definition(spec)["inputs"])
+        last = "last_page_len = kv_last_page_len"
+        if spec.axes["page_size"] == 1:
+            last = "last_page_len = torch.ones_like(kv_indptr[1:])"
+        head = _WRAPPER.format(wrapper=_DECODE if decode else _PAGED, layout='"NHD"')
+        body = _DECODE_BASELINE if decode else _PAGED_BASELINE
+        return head + body.format(arguments=arguments, last_page=last)
+
+
+def _regroup(call: Call, stored: dict[str, np.ndarray], page_size: int) -> dict[str, np.ndarray]:
+    """Turn token indices into page ids, exactly or not at all.
+
+    SGLang plans with page size 1 whatever its own page size is; with `--page-size 64` every
+    request's token indices run page by page, from the start of a page.
+
+    Raises:
+        DumpError: a request's indices do not, so they are no indices of pages.
+    """
+    indptr, indices = stored["kv_indptr"], stored["kv_indices"]
+    pages, lengths = [], []
+    for first, end in zip(indptr[:-1], indptr[1:], strict=True):
+        tokens = indices[first:end]
+        heads = tokens[::page_size]
+        expected = (heads[:, None] + np.arange(page_size)).reshape(-1)[: tokens.size]
+        if (heads % page_size).any() or not np.array_equal(tokens, expected):
+            raise DumpError(f"{call.name}: token indices are not whole pages of {page_size}")
+        pages.append(heads // page_size)
+        lengths.append((tokens.size - 1) % page_size + 1 if tokens.size else 0)
+    counts = [page.size for page in pages]
+    return {
+        "kv_indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        "kv_indices": np.concatenate(pages).astype(np.int32),
+        "kv_last_page_len": np.array(lengths, dtype=np.int32),
+    }
+
+
+@register
+class GqaRagged(OpModule):
+    """Causal prefill over contiguous keys and values."""
+
+    op_type = "gqa_ragged"
+
+    def required(
+        self, model: ModelConfig, serving: Serving
+    ) -> Iterator[KernelSpec | NotProduced]:
+        """One kernel per serving configuration."""
+        if not _has_gqa(model):
+            return
+        heads = _heads(model, serving)
+        if isinstance(heads, NotProduced):
+            yield heads
+            return
+        axes = {"num_qo_heads": heads[0], "num_kv_heads": heads[1], "head_dim": model.head_dim}
+        yield KernelSpec(
+            name=f"gqa_ragged_prefill_causal_{_name_axes(axes)}",
+            op_type=self.op_type,
+            variant="prefill",
+            axes=axes,
+            tp=(serving.tp,),
+            scalars={"sm_scale": _softmax_scale(model)},
+            origin=(
+                f"{model.num_heads} query and {model.num_kv_heads} KV heads at tp={serving.tp} "
+                f"({serving.origin})",
+            ),
+        )
+
+    def provider(self, spec: KernelSpec) -> FlashInferApi:
+        """The ragged wrapper, which SGLang uses for prefill unless told otherwise."""
+        return FlashInferApi(
+            path=f"flashinfer.prefill.{_RAGGED}",
+            method="run",
+            dumps=(f"{_RAGGED}.plan", f"{_RAGGED}.run"),
+            server_flags=_FLAGS,
+            sglang_layer=_LAYER,
+        )
+
+    def template_call(self, spec: KernelSpec) -> TemplateCall:
+        """Queries, keys and values of 100 tokens in 8 sequences."""
+        axes = spec.axes
+        kv = MetaTensor((100, axes["num_kv_heads"], axes["head_dim"]), "bfloat16")
+        return TemplateCall(
+            f"flashinfer.prefill:{_RAGGED}.run",
+            {
+                "q": MetaTensor((100, axes["num_qo_heads"], axes["head_dim"]), "bfloat16"),
+                "k": kv,
+                "v": kv,
+                "qo_indptr": MetaTensor((9,), "int32"),
+                "kv_indptr": MetaTensor((9,), "int32"),
+            },
+        )
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """Causal attention of each sequence's queries over its keys and values."""
+        axes = spec.axes
+        query = ["total_q", "num_qo_heads", "head_dim"]
+        kv = ["total_kv", "num_kv_heads", "head_dim"]
+        inputs = {
+            "q": tensor(query, "bfloat16", "Queries."),
+            "k": tensor(kv, "bfloat16", "Keys."),
+            "v": tensor(kv, "bfloat16", "Values."),
+            "qo_indptr": tensor(["len_indptr"], "int32", "Query offsets per sequence."),
+            "kv_indptr": tensor(["len_indptr"], "int32", "Key-value offsets per sequence."),
+            "sm_scale": scalar("float32", "Softmax scale."),
+        }
+        constant = {a: const(axes[a], text) for a, text in _AXES.items() if a in axes}
+        return {
+            "description": "Batched grouped-query attention prefill, causal, ragged inputs.",
+            "tags": ["stage:prefill"],
+            "axes": {
+                **constant,
+                "len_indptr": var("Length of the offset arrays (batch_size + 1)."),
+                "total_q": var("Query tokens of all sequences."),
+                "total_kv": var("Key-value tokens of all sequences."),
+            },
+            "constraints": [
+                "total_q == qo_indptr[-1].item()",
+                "total_kv == kv_indptr[-1].item()",
+            ],
+            "inputs": inputs,
+            "outputs": {
+                "output": tensor(query, "bfloat16", "Attention output."),
+                "lse": tensor(query[:2], "float32", "2-based log-sum-exp of the logits."),
+            },
+            "reference": (_HEADER + _RAGGED_BODY + _ATTEND + _RETURN).format(
+                arguments=", ".join(inputs),
+                heads=axes["num_qo_heads"],
+                kv_heads=axes["num_kv_heads"],
+                dim=axes["head_dim"],
+            ),
+        }
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per ragged plan."""
+        for call in calls:
+            if call.name != f"{_RAGGED}.plan":
+                continue
+            try:
+                yield self._row(spec, call)
+            except DumpError as error:
+                yield Rejected(call.id, str(error))
+
+    def _row(self, spec: KernelSpec, call: Call) -> Row:
+        names = {
+            "num_qo_heads": "num_qo_heads",
+            "num_kv_heads": "num_kv_heads",
+            "head_dim": "head_dim_qk",
+        }
+        seen = _plan_integers(call, names)
+        check_axes(call, seen, spec.axes)
+        if call.values.get("head_dim_vo") not in (None, seen["head_dim"]):
+            raise DumpError(f"{call.name}: head_dim_vo is {call.values['head_dim_vo']}")
+        qo_indptr, kv_indptr = _indptr(call, "qo_indptr"), _indptr(call, "kv_indptr")
+        if qo_indptr.size != kv_indptr.size:
+            raise DumpError(
+                f"{call.name}: {qo_indptr.size} query offsets, {kv_indptr.size} KV offsets"
+            )
+        if kv_indptr[-1] == 0 or qo_indptr[-1] == 0:
+            raise DumpError(f"{call.name}: the KV or the query is empty")
+        return Row(
+            axes={
+                "len_indptr": qo_indptr.size,
+                "total_q": int(qo_indptr[-1]),
+                "total_kv": int(kv_indptr[-1]),
+            },
+            tensors={"qo_indptr": qo_indptr, "kv_indptr": kv_indptr},
+            scalars=dict(spec.scalars),
+            calls=(call.id,),
+        )
+
+    def baseline(self, spec: KernelSpec) -> str:
+        """Plan and run the wrapper."""
+        head = _WRAPPER.format(wrapper=_RAGGED, layout='"NHD"')
+        return head + _RAGGED_BASELINE.format(
+            arguments=", ".join(self.definition(spec)["inputs"])
+        )

@@ -1,0 +1,144 @@
+"""lightning_attn: MiniMax's linear attention, whose state decays per head.
+
+For each head with decay s and token t (MiniMax-01 report, arXiv 2501.08313, section 2.2):
+state_t = exp(-s) * state_{t-1} + k_t^T v_t and output_t = q_t state_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.model import ModelConfig, Serving
+from tasks.ops.base import (
+    Json,
+    KernelSpec,
+    NoKernel,
+    NotProduced,
+    OpModule,
+    const,
+    register,
+    tensor,
+    var,
+)
+
+_DECODE = """\
+import torch
+
+
+@torch.no_grad()
+def run(q, k, v, state, slope):
+    batch_size, num_heads, head_dim = q.shape
+    assert num_heads == {heads}
+    assert head_dim == {dim}
+
+    decay = torch.exp(-slope.to(torch.float32)).view(1, num_heads, 1, 1)
+    added = k.to(torch.float32).unsqueeze(-1) * v.to(torch.float32).unsqueeze(-2)
+    new_state = decay * state + added
+    output = torch.einsum("bhd,bhde->bhe", q.to(torch.float32), new_state)
+    return output.to(q.dtype), new_state
+"""
+
+_PREFILL = """\
+import torch
+
+
+@torch.no_grad()
+def run(q, k, v, qo_indptr, state, slope):
+    total_q, num_heads, head_dim = q.shape
+    assert num_heads == {heads}
+    assert head_dim == {dim}
+
+    decay = torch.exp(-slope.to(torch.float32)).view(num_heads, 1, 1)
+    output = torch.zeros_like(q)
+    new_state = state.clone()
+    for b in range(qo_indptr.shape[0] - 1):
+        for t in range(int(qo_indptr[b]), int(qo_indptr[b + 1])):
+            added = k[t].to(torch.float32).unsqueeze(-1) * v[t].to(torch.float32).unsqueeze(-2)
+            new_state[b] = decay * new_state[b] + added
+            output[t] = torch.einsum("hd,hde->he", q[t].to(torch.float32), new_state[b]).to(q.dtype)
+    return output, new_state
+"""
+
+
+@register
+class LightningAttention(OpModule):
+    """`lightning_attn_{decode|prefill}_h{heads}_d{head_dim}`, heads sharded by tp."""
+
+    op_type = "lightning_attn"
+    architectures = frozenset({"MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"})
+
+    def required(
+        self, model: ModelConfig, serving: Serving
+    ) -> Iterator[KernelSpec | NotProduced]:
+        """Both stages, for models whose `attn_type_list` names linear layers."""
+        if not model.linear_attention_layers:
+            return
+        if model.num_heads % serving.tp:
+            yield NotProduced(
+                f"linear attention at tp={serving.tp}",
+                f"tp={serving.tp} does not divide {model.num_heads} heads",
+            )
+            return
+        heads = model.num_heads // serving.tp
+        for stage in ("decode", "prefill"):
+            yield KernelSpec(
+                name=f"lightning_attn_{stage}_h{heads}_d{model.head_dim}",
+                op_type=self.op_type,
+                variant=stage,
+                axes={"num_heads": heads, "head_dim": model.head_dim},
+                tp=(serving.tp,),
+                origin=(
+                    f"{model.linear_attention_layers} of {model.num_layers} layers in "
+                    f"attn_type_list, {model.num_heads} heads at tp={serving.tp} "
+                    f"({serving.origin})",
+                ),
+            )
+
+    def provider(self, spec: KernelSpec) -> NoKernel:
+        """FlashInfer has no linear attention with a constant per-head decay."""
+        return NoKernel(
+            reason="no linear attention with a constant decay per head",
+            keyword="lightning",
+            sglang_file="python/sglang/kernels/ops/attention/linear/lightning_attn.py",
+        )
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """The recurrence, token by token, with the state in float32."""
+        axes, decode = spec.axes, spec.variant == "decode"
+        rows = "batch_size" if decode else "total_q"
+        qkv = [rows, "num_heads", "head_dim"]
+        state = ["batch_size", "num_heads", "head_dim", "head_dim"]
+        inputs = {
+            "q": tensor(qkv, "bfloat16", "Queries."),
+            "k": tensor(qkv, "bfloat16", "Keys."),
+            "v": tensor(qkv, "bfloat16", "Values."),
+        }
+        variable = {"batch_size": var("Number of sequences.")}
+        if not decode:
+            inputs["qo_indptr"] = tensor(["len_indptr"], "int32", "Token offsets per sequence.")
+            variable["total_q"] = var("Tokens of all sequences.")
+            variable["len_indptr"] = var("Length of qo_indptr (batch_size + 1).")
+        inputs["state"] = tensor(state, "float32", "State of each sequence, [key, value].")
+        inputs["slope"] = tensor(["num_heads"], "float32", "Decay of each head, per token.")
+        return {
+            "description": (
+                f"Lightning (linear) attention {spec.variant} with a constant decay per head."
+            ),
+            "tags": [f"stage:{spec.variant}"],
+            "axes": {
+                "num_heads": const(axes["num_heads"], "Heads of one rank."),
+                "head_dim": const(axes["head_dim"], "Dimension of one head."),
+                **variable,
+            },
+            "constraints": []
+            if decode
+            else ["len_indptr == batch_size + 1", "total_q == qo_indptr[-1].item()"],
+            "inputs": inputs,
+            "outputs": {
+                "output": tensor(qkv, "bfloat16", "Attention output."),
+                "new_state": tensor(state, "float32", "State after the last token."),
+            },
+            "reference": (_DECODE if decode else _PREFILL).format(
+                heads=axes["num_heads"], dim=axes["head_dim"]
+            ),
+        }

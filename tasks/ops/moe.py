@@ -1,0 +1,378 @@
+"""moe: fused mixture-of-experts kernels of FlashInfer's TensorRT-LLM backend.
+
+Experts are sharded by expert parallelism only: `e` in a name counts the experts of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tasks.model import ModelConfig, Moe, Serving
+from tasks.ops.base import (
+    FlashInferApi,
+    Json,
+    KernelSpec,
+    NotProduced,
+    OpModule,
+    const,
+    register,
+    scalar,
+    tensor,
+    var,
+)
+
+_BLOCK = 128
+"""Side of a block that shares one FP8 scale."""
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One precision of the kernel: its API, and what SGLang needs to take it."""
+
+    api: str
+    quantization: str
+    sglang_layer: str
+
+
+_LAYERS = "python/sglang/srt/layers/moe"
+_KERNELS = {
+    "fp8_block_scale": _Kernel(
+        "trtllm_fp8_block_scale_moe", "float8_e4m3fn", f"{_LAYERS}/flashinfer_trtllm_moe.py"
+    ),
+    "fp4_block_scale": _Kernel(
+        "trtllm_fp4_block_scale_moe",
+        "float4_e2m1fn_mxfp4",
+        f"{_LAYERS}/moe_runner/flashinfer_trtllm.py",
+    ),
+    "fp4_block_scale_routed": _Kernel(
+        "trtllm_fp4_block_scale_routed_moe",
+        "float4_e2m1fn_mxfp4",
+        f"{_LAYERS}/moe_runner/flashinfer_trtllm.py",
+    ),
+    "fp8_per_tensor": _Kernel(
+        "trtllm_fp8_per_tensor_scale_moe", "float8_e4m3fn", f"{_LAYERS}/flashinfer_trtllm_moe.py"
+    ),
+}
+
+_HEAD = """\
+import torch
+
+
+@torch.no_grad()
+def run({arguments}):
+    num_tokens, hidden_size = hidden_states.shape
+    num_local_experts, _, _ = gemm1_weights.shape
+    assert hidden_size == {hidden}
+    assert num_local_experts == {experts}
+    intermediate_size, top_k = {intermediate}, {top_k}
+
+"""
+
+_DEQUANTIZE_BLOCKS = """\
+    def expand(scale):
+        return scale.repeat_interleave({block}, dim=-1).repeat_interleave({block}, dim=-2)
+
+    x = hidden_states.to(torch.float32)
+    x = x * hidden_states_scale.t().repeat_interleave({block}, dim=-1)
+
+    def weights(e):
+        w13 = gemm1_weights[e].to(torch.float32) * expand(gemm1_weights_scale[e])
+        w2 = gemm2_weights[e].to(torch.float32) * expand(gemm2_weights_scale[e])
+        return w13, w2
+
+"""
+
+_PLAIN_WEIGHTS = """\
+    x = hidden_states.to(torch.float32)
+
+    def weights(e):
+        return gemm1_weights[e].to(torch.float32), gemm2_weights[e].to(torch.float32)
+
+"""
+
+_SCALED_WEIGHTS = """\
+    x = hidden_states.to(torch.float32)
+
+    def weights(e):
+        # The scales of up, gate and output, folded into the rows they multiply.
+        w13 = gemm1_weights[e].to(torch.float32)
+        up = w13[:intermediate_size] * output1_scales_scalar[e]
+        gate = w13[intermediate_size:] * output1_scales_gate_scalar[e]
+        w2 = gemm2_weights[e].to(torch.float32) * output2_scales_scalar[e]
+        return torch.cat([up, gate]), w2
+
+"""
+
+_ROUTE_RENORMALIZE = """\
+    # Renormalize routing: top-k, then softmax over the k.
+    top_logits, chosen = torch.topk(routing_logits.to(torch.float32), k=top_k, dim=-1)
+    probabilities = torch.softmax(top_logits, dim=-1)
+    offset = 0
+
+"""
+
+_ROUTE_DEEPSEEK = """\
+    # DeepSeek-V3 routing: sigmoid scores, groups chosen by their two best biased scores, the
+    # top-k experts of those groups, weights from the unbiased scores.
+    scores = torch.sigmoid(routing_logits.to(torch.float32))
+    biased = scores + routing_bias.to(torch.float32)
+    groups = biased.view(num_tokens, {groups}, -1)
+    best = torch.topk(groups, k=min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+    kept = torch.zeros_like(best, dtype=torch.bool)
+    kept.scatter_(1, torch.topk(best, k={topk_group}, dim=-1).indices, True)
+    allowed = kept.unsqueeze(-1).expand_as(groups).reshape_as(biased)
+    chosen = torch.topk(biased.masked_fill(~allowed, -float("inf")), k=top_k, dim=-1).indices
+    probabilities = torch.gather(scores, 1, chosen)
+    probabilities = probabilities / (probabilities.sum(dim=-1, keepdim=True) + 1e-20)
+    probabilities = probabilities * float(routed_scaling_factor)
+    offset = int(local_expert_offset)
+
+"""
+
+_ROUTE_PRECOMPUTED = """\
+    # Expert index in the upper 16 bits, its weight as bfloat16 in the lower.
+    chosen = (topk_ids >> 16).to(torch.int64)
+    bits = (topk_ids & 0xFFFF).to(torch.int32)
+    probabilities = torch.where(bits > 0x7FFF, bits - 0x10000, bits).to(torch.int16)
+    probabilities = probabilities.view(torch.bfloat16).to(torch.float32)
+    offset = 0
+
+"""
+
+_EXPERTS = """\
+    output = torch.zeros(
+        (num_tokens, hidden_size), dtype=torch.float32, device=hidden_states.device
+    )
+    for e in range(num_local_experts):
+        tokens, slots = torch.nonzero(chosen == e + offset, as_tuple=True)
+        if tokens.numel() == 0:
+            continue
+        w13, w2 = weights(e)
+        up, gate = (x[tokens] @ w13.t()).split(intermediate_size, dim=-1)
+        expert = (torch.nn.functional.silu(gate) * up) @ w2.t()
+        output.index_add_(0, tokens, expert * probabilities[tokens, slots].unsqueeze(-1))
+    return output.to(torch.bfloat16)
+"""
+
+
+def _is_deepseek(moe: Moe) -> bool:
+    return moe.scoring == "sigmoid" and moe.num_groups is not None and moe.topk_group is not None
+
+
+@register
+class FusedMoe(OpModule):
+    """Block-scaled FP8, block-scaled FP4 (with and without routing) and per-tensor FP8."""
+
+    op_type = "moe"
+
+    def required(
+        self, model: ModelConfig, serving: Serving
+    ) -> Iterator[KernelSpec | NotProduced]:
+        """The precisions whose routing and shapes the model has."""
+        moe = model.moe
+        if moe is None:
+            return
+        what = f"experts at ep={serving.ep}"
+        if moe.num_experts % serving.ep:
+            yield NotProduced(what, f"ep={serving.ep} does not divide {moe.num_experts} experts")
+            return
+        deepseek = _is_deepseek(moe)
+        if not deepseek and moe.scoring != "softmax":
+            yield NotProduced(what, f"no kernel routes by {moe.scoring} without expert groups")
+            return
+        if model.hidden_size % _BLOCK or moe.intermediate_size % _BLOCK:
+            yield NotProduced(
+                what,
+                f"hidden_size {model.hidden_size} or expert width {moe.intermediate_size} is not "
+                f"a multiple of the {_BLOCK}-wide scale blocks",
+            )
+            return
+        for variant in ("fp8_block_scale",) if deepseek else tuple(_KERNELS):
+            yield self._spec(variant, model, moe, serving)
+
+    def _spec(
+        self, variant: str, model: ModelConfig, moe: Moe, serving: Serving
+    ) -> KernelSpec:
+        local = moe.num_experts // serving.ep
+        shape = f"e{local}_h{model.hidden_size}_i{moe.intermediate_size}"
+        axes = {
+            "num_experts": moe.num_experts,
+            "num_local_experts": local,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": moe.intermediate_size,
+            "top_k": moe.top_k,
+        }
+        constants: dict[str, float] = {}
+        name = f"{_KERNELS[variant].api}_topk{moe.top_k}_{shape}"
+        if variant == "fp8_block_scale":
+            routing = f"renorm_topk{moe.top_k}"
+            if _is_deepseek(moe):
+                groups, kept = moe.num_groups or 1, moe.topk_group or 1
+                constants = {"n_group": groups, "topk_group": kept}
+                routing = f"ds_routing_topk{moe.top_k}_ng{groups}_kg{kept}"
+            name = f"moe_fp8_block_scale_{routing}_{shape}"
+        return KernelSpec(
+            name=name,
+            op_type=self.op_type,
+            variant=variant,
+            axes=axes,
+            constants=constants,
+            tp=(serving.tp,),
+            ep=(serving.ep,),
+            origin=(
+                f"{moe.num_experts} experts, top {moe.top_k}, width {moe.intermediate_size} at "
+                f"ep={serving.ep} ({serving.origin})",
+            ),
+        )
+
+    def provider(self, spec: KernelSpec) -> FlashInferApi:
+        """The TensorRT-LLM MoE functions (Blackwell, SM100)."""
+        kernel = _KERNELS[spec.variant]
+        return FlashInferApi(
+            path=f"flashinfer.fused_moe.{kernel.api}",
+            dumps=(kernel.api,),
+            server_flags=("--moe-runner-backend flashinfer_trtllm",),
+            sglang_layer=kernel.sglang_layer,
+        )
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """Route each token, apply its experts' SwiGLU layers, add them up by weight."""
+        blocks = spec.variant == "fp8_block_scale"
+        built = self._fp8_block_scale(spec) if blocks else self._one_rank(spec)
+        kernel = _KERNELS[spec.variant]
+        tags = [f"quantization:{kernel.quantization}"]
+        if spec.variant.startswith("fp4"):
+            tags.append("gpu:sm100")
+        if spec.variant == "fp4_block_scale_routed":
+            tags.append("routing:pre-computed")
+        return {
+            "description": f"Fused mixture of experts, {spec.variant.replace('_', ' ')}, SwiGLU.",
+            "tags": tags,
+            "constraints": [
+                "gemm1_weights.shape[1] == 2 * intermediate_size",
+                "gemm2_weights.shape[1] == hidden_size",
+                "gemm2_weights.shape[2] == intermediate_size",
+            ],
+            "outputs": {
+                "output": tensor(["seq_len", "hidden_size"], "bfloat16", "Weighted sum.")
+            },
+            **built,
+        }
+
+    def _axes(self, spec: KernelSpec, experts: dict[str, str]) -> Json:
+        axes = spec.axes
+        return {
+            "seq_len": var("Number of tokens."),
+            **{name: const(axes[name], text) for name, text in experts.items()},
+            "hidden_size": const(axes["hidden_size"], "Hidden dimension."),
+            "intermediate_size": const(axes["intermediate_size"], "Width of one expert."),
+            "gemm1_out_size": const(2 * axes["intermediate_size"], "Up and gate together."),
+            "top_k": const(axes["top_k"], "Experts per token."),
+        }
+
+    def _reference(self, spec: KernelSpec, inputs: Json, *parts: str) -> str:
+        axes = spec.axes
+        return "".join((_HEAD, *parts, _EXPERTS)).format(
+            arguments=", ".join(inputs),
+            hidden=axes["hidden_size"],
+            experts=axes["num_local_experts"],
+            intermediate=axes["intermediate_size"],
+            top_k=axes["top_k"],
+            block=_BLOCK,
+            groups=spec.constants.get("n_group"),
+            topk_group=spec.constants.get("topk_group"),
+        )
+
+    def _fp8_block_scale(self, spec: KernelSpec) -> Json:
+        deepseek = "n_group" in spec.constants
+        blocks = {
+            "num_hidden_blocks": spec.axes["hidden_size"] // _BLOCK,
+            "num_intermediate_blocks": spec.axes["intermediate_size"] // _BLOCK,
+            "num_gemm1_out_blocks": 2 * spec.axes["intermediate_size"] // _BLOCK,
+        }
+        experts = {"num_local_experts": "Experts of this rank."}
+        if deepseek:
+            experts = {"num_experts": "Experts of all ranks.", **experts}
+        logits = tensor(["seq_len", "num_local_experts"], "bfloat16", "Router logits.")
+        if deepseek:
+            logits = tensor(["seq_len", "num_experts"], "float32", "Router logits.")
+        inputs = {"routing_logits": logits}
+        if deepseek:
+            inputs["routing_bias"] = tensor(["num_experts"], "bfloat16", "Added to the scores.")
+        fp8, local = "float8_e4m3fn", "num_local_experts"
+        inputs |= {
+            "hidden_states": tensor(["seq_len", "hidden_size"], fp8, "Tokens."),
+            "hidden_states_scale": tensor(
+                ["num_hidden_blocks", "seq_len"], "float32", "Scales of hidden_states, transposed."
+            ),
+            "gemm1_weights": tensor(
+                [local, "gemm1_out_size", "hidden_size"], fp8, "Up and gate projections."
+            ),
+            "gemm1_weights_scale": tensor(
+                [local, "num_gemm1_out_blocks", "num_hidden_blocks"], "float32", "Their scales."
+            ),
+            "gemm2_weights": tensor(
+                [local, "hidden_size", "intermediate_size"], fp8, "Down projections."
+            ),
+            "gemm2_weights_scale": tensor(
+                [local, "num_hidden_blocks", "num_intermediate_blocks"], "float32", "Their scales."
+            ),
+        }
+        if deepseek:
+            inputs["local_expert_offset"] = scalar("int32", "First expert of this rank.")
+            inputs["routed_scaling_factor"] = scalar("float32", "Factor of all weights.")
+        route = _ROUTE_DEEPSEEK if deepseek else _ROUTE_RENORMALIZE
+        return {
+            "axes": {
+                **self._axes(spec, experts),
+                **{name: const(n, f"{_BLOCK}-wide blocks.") for name, n in blocks.items()},
+            },
+            "inputs": inputs,
+            "reference": self._reference(spec, inputs, _DEQUANTIZE_BLOCKS, route),
+        }
+
+    def _one_rank(self, spec: KernelSpec) -> Json:
+        """Kernels whose definitions count one rank's experts as `num_experts`.
+
+        FP4 weights are float32 here: the reference computes what the quantised kernel approximates.
+        """
+        routed = spec.variant == "fp4_block_scale_routed"
+        per_tensor = spec.variant == "fp8_per_tensor"
+        local = spec.model_copy(
+            update={"axes": {**spec.axes, "num_experts": spec.axes["num_local_experts"]}}
+        )
+        inputs = {
+            "routing_logits": tensor(["seq_len", "num_experts"], "bfloat16", "Router logits.")
+        }
+        if routed:
+            inputs = {
+                "topk_ids": tensor(["seq_len", "top_k"], "int32", "Expert and weight, packed.")
+            }
+        weights = "float8_e4m3fn" if per_tensor else "float32"
+        inputs["hidden_states"] = tensor(
+            ["seq_len", "hidden_size"], "float8_e4m3fn" if per_tensor else "bfloat16", "Tokens."
+        )
+        inputs["gemm1_weights"] = tensor(
+            ["num_experts", "gemm1_out_size", "hidden_size"], weights, "Up and gate projections."
+        )
+        if per_tensor:
+            inputs["output1_scales_scalar"] = tensor(["num_experts"], "float32", "Scale of up.")
+            inputs["output1_scales_gate_scalar"] = tensor(
+                ["num_experts"], "float32", "Scale of gate."
+            )
+        inputs["gemm2_weights"] = tensor(
+            ["num_experts", "hidden_size", "intermediate_size"], weights, "Down projections."
+        )
+        if per_tensor:
+            inputs["output2_scales_scalar"] = tensor(["num_experts"], "float32", "Output scale.")
+        return {
+            "axes": self._axes(local, {"num_experts": "Experts of this rank."}),
+            "inputs": inputs,
+            "reference": self._reference(
+                local,
+                inputs,
+                _SCALED_WEIGHTS if per_tensor else _PLAIN_WEIGHTS,
+                _ROUTE_PRECOMPUTED if routed else _ROUTE_RENORMALIZE,
+            ),
+        }

@@ -1,0 +1,1 @@
+"""Phase 4: pull requests and issues, each exactly once."""

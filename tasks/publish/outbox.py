@@ -1,0 +1,143 @@
+"""The outbox: everything that would be published, on local git remotes and as files.
+
+`outbox/` is a git repository whose log has one commit per published thing, with the rendered titles
+and bodies as files. `outbox/remotes/*.git` are bare repositories that receive the branches.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tasks import files
+from tasks.errors import PublishError
+from tasks.git import AUTHOR, GitError, git
+from tasks.publish.base import Branch, Post, marker
+
+_LOCK_SECONDS = 120
+_FOLDERS = {
+    "dataset": "pull-requests",
+    "coverage": "pull-requests",
+    "sglang": "pull-requests",
+    "kernel-request": "issues",
+}
+
+
+class Outbox:
+    """Publishes into a folder of the workspace."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def open_pull_request(self, post: Post, branch: Branch) -> str:
+        """Commit the branch to the local remote and keep the rendered pull request."""
+        with self._locked():
+            commit = self._publish_branch(post.repository, branch)
+            where = {"branch": branch.name, "commit": commit}
+            return self._record(post, where)
+
+    def open_issue(self, post: Post) -> str:
+        """Keep the rendered issue."""
+        with self._locked():
+            return self._record(post, {})
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the outbox; the kernel releases it when its holder dies."""
+        files.write_text(self._root / ".gitignore", "/remotes/\n/.lock\n")
+        try:
+            with FileLock(self._root / ".lock", timeout=_LOCK_SECONDS):
+                yield
+        except Timeout as error:
+            raise PublishError(f"{self._root}: locked for {_LOCK_SECONDS} s") from error
+
+    def _record(self, post: Post, where: dict[str, str]) -> str:
+        head = {"repository": post.repository, "title": post.title}
+        if post.labels:
+            head |= {"labels": ", ".join(post.labels)}
+        text = (
+            f"---\n{yaml.safe_dump({**head, **where}, sort_keys=False, allow_unicode=True, width=999)}"
+            f"---\n{post.body.rstrip()}\n\n{marker(post.key, post.kind)}\n"
+        )
+        name = files.safe_name(post.key, "outbox entry")
+        path = self._root / _FOLDERS[post.kind] / f"{name}.{post.kind}.md"
+        try:
+            if not (self._root / ".git").exists():
+                git("init", "--quiet", "--initial-branch=main", str(self._root))
+            # We hold the outbox's lock: a lock file of git's own is left from a killed run.
+            (self._root / ".git" / "index.lock").unlink(missing_ok=True)
+            files.write_text(path, text)
+            git("add", "--", ".gitignore", str(path.relative_to(self._root)), cwd=self._root)
+            if git("status", "--porcelain", "--untracked-files=no", cwd=self._root):
+                git("commit", "--quiet", "-m", f"{post.kind}: {post.title}", cwd=self._root, env=AUTHOR)
+        except GitError as error:
+            raise PublishError(f"{self._root}: {error}") from error
+        return path.as_uri()
+
+    def _remote(self, repository: str, clone: Path) -> Path:
+        """Return the bare repository for a target, made from the clone's commit.
+
+        It borrows the clone's objects, so that it costs nothing and needs no network.
+        """
+        path = self._root / "remotes" / f"{repository.rpartition('/')[2]}.git"
+        if path.exists():
+            return path
+        unfinished = path.with_name(f".{path.name}.new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        git("init", "--quiet", "--bare", "--initial-branch=main", str(unfinished))
+        objects = git("rev-parse", "--path-format=absolute", "--git-path", "objects", cwd=clone)
+        files.write_text(unfinished / "objects" / "info" / "alternates", f"{objects}\n")
+        git("update-ref", "refs/heads/main", git("rev-parse", "HEAD", cwd=clone), cwd=unfinished)
+        unfinished.rename(path)
+        return path
+
+    def _publish_branch(self, repository: str, branch: Branch) -> str:
+        """Commit the files on top of the clone's commit and push; an equal branch is left alone."""
+        try:
+            remote = self._remote(repository, branch.clone)
+            ref = f"refs/heads/{branch.name}"
+            tip = git("for-each-ref", "--format=%(objectname)", ref, cwd=remote)
+            parent = tip or git("rev-parse", "HEAD", cwd=branch.clone)
+            # The branch may have commits that a fresh clone lacks.
+            known = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(remote / "objects")}
+            tree = self._tree(branch, parent, known)
+            if tip and git("rev-parse", f"{tip}^{{tree}}", cwd=remote) == tree:
+                return tip
+            commit = git(
+                *("commit-tree", tree, "-p", parent, "-m", branch.message),
+                cwd=branch.clone,
+                env={**AUTHOR, **known},
+            )
+            push = ("push", "--quiet", "--", str(remote), f"{commit}:{ref}")
+            git(*push, cwd=branch.clone, env=known)
+        except GitError as error:
+            raise PublishError(f"branch {branch.name} for {repository}: {error}") from error
+        return commit
+
+    def _tree(self, branch: Branch, parent: str, known: Mapping[str, str]) -> str:
+        """Write the tree of `parent` with the branch's files into the clone's objects."""
+        paths = list(branch.files.items())
+        hashes = git(
+            *("hash-object", "-w", "--no-filters", "--stdin-paths"),
+            cwd=branch.clone,
+            stdin="".join(f"{source.absolute()}\n" for _, source in paths).encode(),
+        ).splitlines()
+        entries = "".join(
+            f"100644 {digest}\t{path}\n" for (path, _), digest in zip(paths, hashes, strict=True)
+        )
+        with tempfile.TemporaryDirectory(prefix="onboard-index-") as folder:
+            env = {**known, "GIT_INDEX_FILE": str(Path(folder, "index"))}
+            git("read-tree", parent, cwd=branch.clone, env=env)
+            git(
+                *("update-index", "--add", "--index-info"),
+                cwd=branch.clone,
+                stdin=entries.encode(),
+                env=env,
+            )
+            return git("write-tree", "--missing-ok", cwd=branch.clone, env=env)

@@ -1,0 +1,205 @@
+"""Titles, bodies and branches of what is published, from a manifest entry and the staged files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tasks import files, git, ops
+from tasks.coverage_doc import PATH as COVERAGE_PATH
+from tasks.coverage_doc import CoverageDocument, Status
+from tasks.dataset import DefinitionFiles
+from tasks.errors import PublishError
+from tasks.manifest import DONE, KernelEntry, RunManifest
+from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
+from tasks.publish.base import Branch, Post
+
+DATASET_REPOSITORY = "flashinfer-ai/flashinfer-trace"
+BENCH_REPOSITORY = "flashinfer-ai/flashinfer-bench"
+FLASHINFER_REPOSITORY = "flashinfer-ai/flashinfer"
+SGLANG_REPOSITORY = "sgl-project/sglang"
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    autoescape=False,  # noqa: S701  the output is markdown
+    keep_trailing_newline=True,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The kernel to publish and where its files are."""
+
+    manifest: RunManifest
+    entry: KernelEntry
+    dataset: Path
+    collected: Path
+    """Provenance of its workloads, written by phase 3; may not exist."""
+
+    @property
+    def files(self) -> DefinitionFiles:
+        """Its paths in the dataset."""
+        return DefinitionFiles(self.entry.op_type, self.entry.definition_name)
+
+    @property
+    def model(self) -> str:
+        """The model's name as people write it."""
+        repo_id = self.manifest.hf_repo_id
+        return repo_id.rpartition("/")[2] if repo_id else self.manifest.model_slug
+
+    @property
+    def provider(self) -> Provider:
+        """What would run the kernel."""
+        spec = KernelSpec.model_validate(self.entry.spec)
+        return ops.op_module(spec.op_type).provider(spec)
+
+    def definition(self) -> dict[str, Any]:
+        """Read the staged definition."""
+        return files.read_json_object(self.dataset / self.files.definition, "the definition")
+
+
+def _body(template: str, subject: Subject, **context: Any) -> str:
+    return _TEMPLATES.get_template(template).render(
+        entry=subject.entry, model=subject.model, shas=subject.manifest.repo_shas, **context
+    )
+
+
+def dataset_pull_request(subject: Subject) -> tuple[Post, Branch]:
+    """Render the pull request that adds a definition's files to the dataset.
+
+    Raises:
+        PublishError: nothing is staged.
+    """
+    name = subject.entry.definition_name
+    staged = {path: subject.dataset / path for path in subject.files.staged(subject.dataset)}
+    if subject.files.definition not in staged:
+        raise PublishError(f"{name}: {subject.dataset / subject.files.definition} is not staged")
+    collected, workloads = None, []
+    if subject.collected.exists():
+        collected = files.read_json_object(subject.collected, "the collection's provenance")
+        for line in (subject.dataset / subject.files.workloads).read_text().splitlines():
+            row = json.loads(line)["workload"]
+            seen = collected["provenance"]["workloads"][row["uuid"]]["calls"]
+            axes = ", ".join(f"{axis}={size}" for axis, size in row["axes"].items())
+            workloads.append({"uuid": row["uuid"], "axes": axes, "calls": len(seen)})
+    blobs = [path for path in staged if path.suffix == ".safetensors"]
+    listed = [path.as_posix() for path in staged if path.suffix != ".safetensors"]
+    if blobs:
+        listed.append(f"{subject.files.blobs}/ ({len(blobs)} blobs)")
+    title = f"Add {name}: {_contents(staged)}"
+    body = _body(
+        "dataset.md.j2", subject, paths=listed, collected=collected, workloads=workloads
+    )
+    post = Post(name, "dataset", DATASET_REPOSITORY, title, body)
+    shas = subject.manifest.repo_shas
+    message = (
+        f"{title}\n\nModel: {subject.model}\nSGLang: {shas.sglang}\nFlashInfer: {shas.flashinfer}\n"
+        f"Workload entries: {subject.entry.workload_entries or 0}\n"
+    )
+    return post, Branch(f"onboard/{name}", subject.dataset, message, staged)
+
+
+def _contents(staged: dict[PurePosixPath, Path]) -> str:
+    parts = {
+        "definitions": "definition",
+        "tests": "reference test",
+        "solutions": "baseline solution",
+        "workloads": "workloads",
+        "traces": "traces",
+    }
+    roots = {path.parts[0] for path in staged}
+    return " + ".join(text for root, text in parts.items() if root in roots)
+
+
+def coverage_status(entry: KernelEntry) -> Status:
+    """Return the mark of a definition: with workloads, or definition only."""
+    return "✅" if entry.phase3_status == DONE else "🟡"
+
+
+def coverage_pull_request(
+    subject: Subject, bench_clone: Path, dataset_pr: str, edited: Path
+) -> tuple[Post, Branch]:
+    """Render the pull request that marks the definition's row, for this model only.
+
+    Args:
+        subject: the kernel.
+        bench_clone: clone of flashinfer-bench.
+        dataset_pr: URL of the dataset pull request.
+        edited: file to write the edited document to.
+
+    Raises:
+        InputError: the document is not of the known form.
+    """
+    name, entry = subject.entry.definition_name, subject.entry
+    text = git.run("show", f"HEAD:{COVERAGE_PATH}", cwd=bench_clone)
+    document = CoverageDocument.parse(text.decode())
+    heading = document.model(subject.manifest.model_slug, subject.model)
+    if heading is None:
+        heading = subject.model
+        extra = subject.manifest.model_extra or {}
+        document.add_model(heading, str(extra.get("architecture", "unknown")))
+    status = coverage_status(entry)
+    document.mark(heading, name, entry.op_type, status)
+    files.write_text(edited, document.render())
+    title = f"docs: mark {name} as covered for {heading}"
+    body = _body("coverage.md.j2", subject, status=status, path=COVERAGE_PATH, dataset_pr=dataset_pr)
+    post = Post(name, "coverage", BENCH_REPOSITORY, title, body)
+    message = f"{title}\n\nDataset pull request: {dataset_pr}\n"
+    changed = {PurePosixPath(COVERAGE_PATH): edited}
+    return post, Branch(f"feat/def-{name}", bench_clone, message, changed)
+
+
+def kernel_request(subject: Subject) -> Post:
+    """Render the issue that asks FlashInfer for a kernel it does not have."""
+    provider = subject.provider
+    body = _body(
+        "kernel_request.md.j2",
+        subject,
+        repo_id=subject.manifest.hf_repo_id,
+        definition=subject.definition(),
+        definition_path=subject.files.definition,
+        sglang_file=provider.sglang_file if isinstance(provider, NoKernel) else "",
+    )
+    return Post(
+        subject.entry.definition_name,
+        "kernel-request",
+        FLASHINFER_REPOSITORY,
+        f"Kernel request: {subject.entry.op_type} for {subject.model}",
+        body,
+        ("enhancement", "kernel-request"),
+    )
+
+
+def sglang_pull_request(subject: Subject) -> Post:
+    """Render the pull request that makes SGLang call an API it does not call.
+
+    Raises:
+        PublishError: the kernel has no FlashInfer API to call.
+    """
+    provider, entry = subject.provider, subject.entry
+    if not isinstance(provider, FlashInferApi):
+        raise PublishError(f"{entry.definition_name}: has no FlashInfer API for SGLang to call")
+    module, _, symbol = provider.path.rpartition(".")
+    body = _body(
+        "sglang.md.j2",
+        subject,
+        api=provider.path,
+        module=module,
+        symbol=symbol,
+        layer=provider.sglang_layer,
+        flags=" ".join(provider.server_flags),
+        branch=f"feat/flashinfer-{entry.op_type}-integration-{subject.manifest.model_slug}",
+    )
+    return Post(
+        entry.definition_name,
+        "sglang",
+        SGLANG_REPOSITORY,
+        f"feat: integrate FlashInfer {entry.op_type} for {subject.model}",
+        body,
+    )

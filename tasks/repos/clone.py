@@ -1,0 +1,105 @@
+"""Clone or update one source repository.
+
+Clones are blobless and without submodules: phase 1 reads sources and builds nothing. An update that
+fails leaves the clone as it was, and the commit in hand is used with a warning.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks import git
+from tasks.errors import InputError, RemoteError
+
+PHASE0 = ("sglang", "flashinfer", "sgl_cookbook", "flashinfer_trace")
+"""The four repositories whose SHAs the manifest records."""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A repository at a commit."""
+
+    name: str
+    path: Path
+    sha: str
+    """Short SHA of the commit that is checked out."""
+    moved: bool
+    """Whether this update cloned it or moved it to another commit."""
+    warning: str | None = None
+    """Why the remote's newest commit is not the one checked out."""
+
+
+def _clone(name: str, url: str, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.cloning")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
+    source = Path(url).as_uri() if Path(url).is_absolute() else url
+    try:
+        git.git(
+            "clone",
+            "--quiet",
+            "--filter=blob:none",
+            "--no-recurse-submodules",
+            "--",
+            source,
+            str(unfinished),
+        )
+        git.git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=unfinished)
+        unfinished.rename(path)
+    except git.GitError as error:
+        raise RemoteError(
+            f"remote {name}: {git.redact(url)} cannot be cloned and {path} does not exist "
+            f"({error}); set it with ONBOARD_REMOTES__{name.upper()} or in onboard.toml"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _advance(path: Path) -> str | None:
+    """Move the clone to the remote's HEAD; return a warning if it stays where it is."""
+    try:
+        git.git("fetch", "--quiet", "--no-recurse-submodules", "origin", "HEAD", cwd=path)
+    except git.GitError as error:
+        return f"cannot be updated ({error}); using the commit in hand"
+    try:
+        git.git("checkout", "--quiet", "--detach", "FETCH_HEAD", cwd=path)
+    except git.GitError as error:
+        return f"local changes are in the way of the newest commit ({error}); using the one in hand"
+    return None
+
+
+def update(name: str, url: str, path: Path) -> Checkout:
+    """Bring the clone of `name` at `path` to the newest commit of `url`, cloning it if needed.
+
+    Raises:
+        RemoteError: there is no clone and the remote cannot be cloned.
+        InputError: `url` is no remote, or the workspace cannot be written.
+    """
+    git.check_remote(name, url)
+    if not (path / ".git").exists():
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"{path}: exists and is no git clone; move it away")
+        _clone(name, url, path)
+        return Checkout(name, path, git.short_sha(path), moved=True)
+    before = git.short_sha(path)
+    source = Path(url).as_uri() if Path(url).is_absolute() else url
+    git.git("remote", "set-url", "origin", source, cwd=path)
+    warning = _advance(path)
+    after = git.short_sha(path)
+    if warning:
+        warning = f"{name}: {warning} {after}"
+    return Checkout(name, path, after, moved=after != before, warning=warning)
+
+
+def in_hand(name: str, path: Path) -> Checkout | None:
+    """Return the clone as it is, without asking its remote; None if there is none."""
+    if not (path / ".git").exists():
+        return None
+    return Checkout(name, path, git.short_sha(path), moved=False)

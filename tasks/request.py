@@ -1,0 +1,102 @@
+"""What a user asks for, and what is left to do for each kernel."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tasks.files import safe_name
+from tasks.manifest import DONE, KernelEntry, Route, RunManifest
+
+ALL_PHASES = (0, 1, 2, 3, 4)
+
+
+class OnboardRequest(BaseModel):
+    """One model to onboard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_name: str = Field(
+        description="Slug of the model, as in `model:` tags and manifest names.",
+        examples=["qwen3-30b-a3b"],
+    )
+    hf_repo_id: str | None = Field(
+        default=None, description="Hugging Face repository, where config.json is read from."
+    )
+    config: Path | None = Field(
+        default=None, description="A config.json file to use instead of the Hub's."
+    )
+    workspace: Path = Field(description="Folder of clones, manifests and the outbox.")
+    phases: tuple[int, ...] = Field(default=ALL_PHASES, description="Phases to run.")
+    skip_workload: bool = Field(default=False, description="Do not collect workloads (phase 3).")
+    submit_prs: bool = Field(default=True, description="Publish what is complete (phase 4).")
+    refresh: bool = Field(
+        default=False, description="Forget what an earlier run recorded and start over."
+    )
+    dumps: Path | None = Field(
+        default=None, description="Folder of recorded FlashInfer dumps to collect from."
+    )
+
+    @field_validator("model_name")
+    @classmethod
+    def _slug(cls, value: str) -> str:
+        return safe_name(value, "--model-name")
+
+    @field_validator("phases")
+    @classmethod
+    def _known_phases(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        unknown = sorted(set(value) - set(ALL_PHASES))
+        if unknown or not value:
+            raise ValueError(f"{list(value)}: phases are 0 to 4")
+        return tuple(sorted(set(value)))
+
+
+class Step(Enum):
+    """One thing to do for one kernel; each is a Prefect task."""
+
+    DEFINE = "define"
+    REQUEST_KERNEL = "request kernel"
+    PREPARE_SGLANG = "prepare SGLang pull request"
+    COLLECT = "collect"
+    PUBLISH_DATASET = "publish dataset"
+    PUBLISH_COVERAGE = "publish coverage"
+
+
+def remaining_steps(
+    manifest: RunManifest, entry: KernelEntry, request: OnboardRequest
+) -> tuple[Step, ...]:
+    """Return what is still to do for a kernel, in order; what is done is never repeated.
+
+    The branches: existing -> nothing; fi_missing -> define, request the kernel, publish the
+    definition; sgl_missing -> define, prepare SGLang's pull request, wait; integrated -> define,
+    collect, publish; nothing to collect -> define, publish the definition.
+    """
+    route = entry.route
+    if route is Route.NOTHING:
+        return ()
+    steps = []
+    if 2 in request.phases:
+        if entry.phase2_status != DONE:
+            steps.append(Step.DEFINE)
+        if route is Route.REQUEST_KERNEL and entry.fi_issue_url is None:
+            steps.append(Step.REQUEST_KERNEL)
+    if entry.phase2_status != DONE and Step.DEFINE not in steps:
+        return ()
+    collects = 3 in request.phases and not request.skip_workload
+    if collects and route is Route.AWAIT_SGLANG and entry.sglang_pr_url is None:
+        steps.append(Step.PREPARE_SGLANG)
+    if collects and route is Route.COLLECT and entry.phase3_status != DONE:
+        steps.append(Step.COLLECT)
+    collected = entry.phase3_status == DONE or Step.COLLECT in steps
+    complete = route in {Route.REQUEST_KERNEL, Route.DEFINITION_ONLY} or (
+        route is Route.COLLECT and collected
+    )
+    if 4 in request.phases and request.submit_prs and complete:
+        pulls = manifest.phase4.get(entry.definition_name)
+        if pulls is None or pulls.flashinfer_trace_pr is None:
+            steps.append(Step.PUBLISH_DATASET)
+        if pulls is None or pulls.flashinfer_bench_pr is None:
+            steps.append(Step.PUBLISH_COVERAGE)
+    return tuple(steps)

@@ -1,0 +1,80 @@
+"""Run a child process that may misbehave: a deadline, limits, and none of our secrets."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
+_ROOT = Path(__file__).resolve().parent.parent
+_TAIL = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended."""
+
+    ok: bool
+    reason: str
+    """Why it failed, with its last lines; empty if it did not."""
+
+
+def run_python(
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    memory_gb: float,
+    cwd: Path,
+) -> Outcome:
+    """Run `python ARGUMENTS` in its own process group, without a shell.
+
+    Args:
+        arguments: what follows `python`.
+        timeout: seconds until the whole group is killed.
+        memory_gb: address space each process of it may have.
+        cwd: its working folder.
+    """
+
+    def limit() -> None:
+        size = int(memory_gb * (1 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    environment = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
+    environment |= {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=limit,  # noqa: PLW1509  only system calls between fork and exec
+    ) as child:
+        try:
+            output, _ = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            output, _ = child.communicate()
+            return Outcome(False, f"did not finish in {timeout:.0f} s{_tail(output)}")
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    if child.returncode:
+        how = f"exit status {child.returncode}"
+        if child.returncode < 0:
+            how = f"killed by {signal.Signals(-child.returncode).name}"
+        return Outcome(False, f"{how}{_tail(output)}")
+    return Outcome(True, "")
+
+
+def _tail(output: bytes) -> str:
+    text = output[-_TAIL:].decode(errors="replace").strip()
+    return f": {' | '.join(text.splitlines()[-3:])}" if text else ""

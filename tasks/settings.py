@@ -1,0 +1,115 @@
+"""Settings: where things live and where they go.
+
+Read, first match wins, from arguments, environment variables (`ONBOARD_...`, nested with `__`), and
+`onboard.toml` in the workspace. Tokens are `SecretStr`: they do not print, dump, or reach a manifest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from tasks.errors import InputError
+
+
+class Remotes(BaseModel):
+    """Git remotes, each any git URL or a local path."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sglang: str = "https://github.com/sgl-project/sglang.git"
+    flashinfer: str = "https://github.com/flashinfer-ai/flashinfer.git"
+    sgl_cookbook: str = "https://github.com/sgl-project/sgl-cookbook.git"
+    flashinfer_trace: str = "https://huggingface.co/datasets/flashinfer-ai/flashinfer-trace"
+    flashinfer_bench: str = "https://github.com/flashinfer-ai/flashinfer-bench.git"
+
+
+class CollectSettings(BaseModel):
+    """How workloads are collected."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recorded_dumps: Path | None = Field(
+        default=None,
+        description="Folder with one sub-folder of FlashInfer level-10 dumps per model slug.",
+    )
+    max_workloads: int = Field(default=20, ge=1, le=10_000)
+
+
+class Settings(BaseSettings):
+    """Everything that is not the run itself."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ONBOARD_", env_nested_delimiter="__", extra="ignore"
+    )
+    toml_file: ClassVar[Path | None] = None
+
+    workspace: Path = Path("workspace")
+    remotes: Remotes = Remotes()
+    collect: CollectSettings = CollectSettings()
+    hf_endpoint: str | None = None
+    hf_token: SecretStr | None = None
+    gpu_memory_gb: float = Field(default=141.0, gt=0, description="Memory of one GPU, in GB.")
+    parallel_kernels: int = Field(default=4, ge=1, le=256)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Add the workspace's `onboard.toml` as the last source."""
+        del dotenv_settings, file_secret_settings
+        toml = TomlConfigSettingsSource(settings_cls, cls.toml_file) if cls.toml_file else None
+        return (init_settings, env_settings, *([toml] if toml else []))
+
+    @property
+    def outbox(self) -> Path:
+        """Where pull requests and issues are put when they cannot be sent."""
+        return self.workspace / "outbox"
+
+    def clone(self, name: str) -> Path:
+        """Return the folder of a repository's clone; the names are those the procedures use."""
+        return self.workspace / name.replace("_", "-")
+
+
+def load_settings(workspace: Path | None = None) -> Settings:
+    """Read the settings that hold in `workspace` (default: `ONBOARD_WORKSPACE`, `./workspace`).
+
+    Relative paths in `onboard.toml` are relative to the workspace.
+
+    Raises:
+        InputError: a value is wrong; the message names the field and where it may come from.
+    """
+    try:
+        folder = (workspace or Settings().workspace).expanduser().absolute()
+        source = folder / "onboard.toml"
+        with_file = type("Settings", (Settings,), {"toml_file": source})
+        settings: Settings = with_file(workspace=folder)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"settings: {field}: {first['msg']} (from ONBOARD_{field.upper().replace('.', '__')} "
+            "or the workspace's onboard.toml)"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder / 'onboard.toml'}: cannot be read ({error})") from error
+    dumps = settings.collect.recorded_dumps
+    if dumps is not None:
+        settings.collect.recorded_dumps = folder / dumps.expanduser()
+    for name, url in settings.remotes.model_dump().items():
+        if "://" not in url and ":" not in url:
+            setattr(settings.remotes, name, str(folder / Path(url).expanduser()))
+    return settings

@@ -1,0 +1,70 @@
+"""`step`: a Prefect task as this project makes them, in one place.
+
+Every step is tagged with its phase, keeps its result as JSON, and is not repeated within a flow run:
+the cache key is its inputs and the run's id. Prefect's default key also has the task's source, so a
+run that waited over a redeployment would repeat what it had done. A new run asks the manifest instead.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_Span = tuple[datetime.datetime, datetime.datetime]
+_spans: defaultdict[int, list[_Span]] = defaultdict(list)
+
+
+def step(
+    phase: int, name: str, description: str, *, run_name: str | None = None, once: bool = True
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function a Prefect task of a phase.
+
+    Args:
+        phase: 0 to 4.
+        name: as the UI shows it.
+        description: one line for the operator.
+        run_name: template of the task run's name.
+        once: whether a retried flow run takes the kept result instead of repeating it.
+    """
+
+    def note(_: Task[Any, Any], task_run: TaskRun, __: State[Any]) -> None:
+        if task_run.start_time and task_run.end_time:
+            _spans[phase].append((task_run.start_time, task_run.end_time))
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        return task(
+            function,
+            name=name,
+            description=description,
+            task_run_name=run_name,
+            tags=[f"phase:{phase}"],
+            cache_policy=INPUTS + RUN_ID if once else NO_CACHE,
+            persist_result=once,
+            on_completion=[note],
+            on_failure=[note],
+        )
+
+    return decorate
+
+
+def phase_seconds() -> dict[int, float]:
+    """Return the wall-clock seconds this process spent in each phase's steps, overlaps once."""
+    seconds = {}
+    for phase, spans in sorted(_spans.items()):
+        total, end = datetime.timedelta(), None
+        for start, stop in sorted(spans):
+            begin = start if end is None else max(start, end)
+            total += max(stop - begin, datetime.timedelta())
+            end = stop if end is None else max(stop, end)
+        seconds[phase] = total.total_seconds()
+    return seconds
