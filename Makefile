@@ -6,9 +6,15 @@ READY := .venv/.installed
 
 .PHONY: demo test lint bench server clean
 
+# Exit code 3 says that a kernel waits for something upstream: the first model's does.
 demo: $(READY)
 	$(BIN)/onboard sample --workspace $(DEMO)
-	$(BIN)/python -m tests.demo $(DEMO)
+	$(BIN)/onboard run --workspace $(DEMO) --model-name qwen3-30b-a3b --hf-repo-id Qwen/Qwen3-30B-A3B \
+	    --config $(DEMO)/configs/qwen3-30b-a3b.json || test $$? -eq 3
+	$(BIN)/onboard run --workspace $(DEMO) --model-name minimax-m1 --hf-repo-id MiniMaxAI/MiniMax-M1-80k \
+	    --config $(DEMO)/configs/minimax-m1.json --skip-workload
+	@echo
+	@echo "What was published: git -C $(DEMO)/outbox log; once more: .venv/bin/onboard status --workspace $(DEMO)"
 
 test: $(READY)
 	$(BIN)/pytest

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tasks.request import OnboardRequest
 
 P = ParamSpec("P")
+_TABLE_WIDTH = 150
 
 app = typer.Typer(
     help="From a released LLM to its GPU kernels in FlashInfer-Bench.",
@@ -29,21 +30,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a kernel failed, 2 wrong input, 3 waiting for something upstream.",
+    epilog="Exit codes: 0 done, 1 a kernel failed, 2 wrong input, 3 waiting upstream.",
 )
 
 Workspace = Annotated[
     Path | None,
     typer.Option(
         "--workspace",
-        help="Folder of clones, manifests and the outbox [default: ONBOARD_WORKSPACE, ./workspace].",
+        help="Folder of clones, manifests, outbox [default: ONBOARD_WORKSPACE, ./workspace].",
         show_default=False,
     ),
 ]
 
 
 def _reported(command: Callable[P, int]) -> Callable[P, None]:
-    """Turn a command's errors into one line on standard error, and its result into the exit code."""
+    """Print a command's error as one line on standard error; exit with its code or its result."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -60,6 +61,7 @@ def _reported(command: Callable[P, int]) -> Callable[P, None]:
 @app.command("run")
 @_reported
 def run_model(
+    *,
     model_name: Annotated[str, typer.Option(help="Model slug, e.g. qwen3-30b-a3b.")],
     hf_repo_id: Annotated[str | None, typer.Option(help="Hugging Face repository id.")] = None,
     config: Annotated[Path | None, typer.Option(help="Use this config.json.")] = None,
@@ -131,9 +133,7 @@ def _preflight(request: OnboardRequest) -> None:
         model.read_config(request.config)
     path = manifest.latest(request.workspace, request.model_name)
     if path:
-        manifest.check_same_model(
-            manifest.load(path), path, request.model_name, request.hf_repo_id
-        )
+        manifest.check_same_model(manifest.load(path), path, request.model_name, request.hf_repo_id)
 
 
 def _run(request: OnboardRequest, ui: bool) -> int:
@@ -147,33 +147,42 @@ def _run(request: OnboardRequest, ui: bool) -> int:
     console = Console()
     started = time.monotonic()
     with prefect_server(request.workspace) as url:
-        from flows.onboard import onboard_model
+        from flows.onboard import Outcome, onboard_model
         from flows.report import Report
         from tasks import manifest
         from tasks.settings import load_settings
         from tasks.step import phase_seconds
 
         started_server = time.monotonic()
-        console.print(f"Onboarding {request.model_name} in {request.workspace}", highlight=False)
+        console.print(
+            f"Onboarding {request.model_name} in {request.workspace}",
+            highlight=False,
+            soft_wrap=True,
+        )
         with Progress(request.workspace, request.model_name, console):
             state = onboard_model(request, return_state=True)
-        failure = state.result(raise_on_failure=False)
-        if isinstance(failure, OnboardError):
-            raise failure
-        path = manifest.latest(request.workspace, request.model_name)
-        if path is None:
-            raise OnboardError(f"the run ended {state.name} without a manifest: {state.message}")
-        report = Report(manifest.load(path), path)
+        result = state.result(raise_on_failure=False)
+        if isinstance(result, OnboardError):
+            raise result
+        if not isinstance(result, Outcome):
+            raise OnboardError(f"the run ended {state.name}: {state.message}")
+        report = Report(manifest.load(result.manifest), result.manifest)
         _print_report(report, console)
+        worked = len(result.worked_on)
+        console.print(
+            f"Work: {worked} of {len(report.run.kernels)} kernels had something left to do"
+            if worked
+            else "Work: nothing was left to do, nothing was done twice"
+        )
         spent = ", ".join(f"phase {n} {s:.1f} s" for n, s in phase_seconds().items())
         console.print(
             f"Time: server {started_server - started:.1f} s, {spent}, "
             f"in all {time.monotonic() - started:.1f} s",
             highlight=False,
         )
-        console.print(f"Outbox: {load_settings(request.workspace).outbox}", highlight=False)
-        if isinstance(failure, BaseException) and report.exit_code == 0:
-            raise OnboardError(f"the run ended {state.name}: {state.message}")
+        console.print(
+            f"Outbox: {load_settings(request.workspace).outbox}", highlight=False, soft_wrap=True
+        )
         if ui:
             console.print(f"Prefect UI: {url.removesuffix('/api')} (Ctrl-C to end)")
             _until_interrupted()
@@ -200,34 +209,39 @@ def _print_report(report: Report, console: Any) -> None:
         table.add_column(heading, no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
-    # A table is not folded: where the line is too short the terminal wraps it, and a pipe has all.
-    console.print(table, width=max(console.width, console.measure(table).maximum), crop=False)
+    # Never squeezed: a pipe gets whole lines, a narrow terminal wraps them.
+    type(console)(width=max(console.width, _TABLE_WIDTH)).print(table)
     for entry in report.run.kernels:
         if entry.error:
-            console.print(f"failed: {entry.error}", style="red", highlight=False)
+            console.print(f"failed: {entry.error}", style="red", highlight=False, soft_wrap=True)
         elif report.run.state(entry) == "waiting":
-            console.print(f"waiting: {entry.definition_name} for {entry.sglang_pr_url}")
+            console.print(
+                f"waiting: {entry.definition_name} for {entry.sglang_pr_url}", soft_wrap=True
+            )
         elif entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
-            console.print(f"requested: {entry.definition_name}: {entry.fi_issue_url}")
+            console.print(
+                f"requested: {entry.definition_name}: {entry.fi_issue_url}", soft_wrap=True
+            )
     extra = report.run.model_extra or {}
     for item in extra.get("not_produced", []):
-        console.print(f"not produced: {item['what']}: {item['reason']}", highlight=False)
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(report.states.items()))
-    console.print(f"Report: {counts}", highlight=False)
-    console.print(f"Manifest: {report.path}", highlight=False)
+        console.print(
+            f"not produced: {item['what']}: {item['reason']}", highlight=False, soft_wrap=True
+        )
+    console.print(f"Report: {report.counts}", highlight=False, soft_wrap=True)
+    console.print(f"Manifest: {report.path}", highlight=False, soft_wrap=True)
 
 
 def _dry_run(request: OnboardRequest) -> int:
     """Take the inventory in a temporary folder and say what a run would do."""
     from rich.console import Console
 
-    from flows.report import Report
     from flows.rehearsal import rehearse
+    from flows.report import Report
     from tasks.request import remaining_steps
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="onboard-dry-run-") as folder:
-        run, path = rehearse(request, Path(folder), lambda line: console.print(line))
+        run, path = rehearse(request, Path(folder), console.print)
     report = Report(run, path)
     _print_report(report, console)
     console.print("Would do:")
@@ -243,7 +257,9 @@ def _dry_run(request: OnboardRequest) -> int:
 def status(
     manifest_file: Annotated[
         Path | None,
-        typer.Argument(metavar="[MANIFEST]", help="A run manifest [default: all in the workspace]."),
+        typer.Argument(
+            metavar="[MANIFEST]", help="A run manifest [default: all in the workspace]."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     workspace: Workspace = None,
@@ -284,8 +300,29 @@ def status(
 
 @app.command()
 @_reported
+def server(
+    workspace: Workspace = None,
+    port: Annotated[int, typer.Option(help="Port of the UI and the API, on loopback.")] = 4200,
+) -> int:
+    """Serve the Prefect UI, and the flows as deployments to start, schedule and retry there."""
+    from flows.embedded import prefect_server
+    from tasks import settings
+
+    folder = settings.load_settings(workspace).workspace
+    with prefect_server(folder, port=port) as url:
+        from flows.served import serve_flows
+
+        typer.echo(f"Prefect UI: {url.removesuffix('/api')} (workspace {folder}, Ctrl-C to end)")
+        serve_flows(folder)
+    return 0
+
+
+@app.command()
+@_reported
 def sample(
-    workspace: Annotated[Path, typer.Option("--workspace", help="Folder to create.")] = Path("demo"),
+    workspace: Annotated[Path, typer.Option("--workspace", help="Folder to create.")] = Path(
+        "demo"
+    ),
 ) -> int:
     """Write the demo workspace: real inputs as local git remotes."""
     from tasks.repos.sample import make_sample

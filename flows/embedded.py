@@ -23,11 +23,12 @@ from filelock import FileLock, Timeout
 from tasks.errors import InputError, OnboardError
 
 _START_SECONDS = 180
-_QUIET = {
+_SERVER = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_CLI_COLORS": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "1",
+}
+_ONE_COMMAND = {
     # Nothing is scheduled, late or paused in a server that lives for one command.
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
@@ -61,10 +62,15 @@ def home(workspace: Path) -> Path:
 
 
 @contextlib.contextmanager
-def prefect_server(workspace: Path) -> Iterator[str]:
+def prefect_server(workspace: Path, port: int | None = None) -> Iterator[str]:
     """Run a server while the block runs, and point this process's Prefect at it.
 
     If `PREFECT_API_URL` is set, that server is used and nothing is started.
+
+    Args:
+        workspace: holds the database, the results and the server's log.
+        port: loopback port of a server with all its services; without it a free port, and only
+            the services that one command needs.
 
     Yields:
         The API's URL.
@@ -90,7 +96,8 @@ def prefect_server(workspace: Path) -> Iterator[str]:
     except OSError as error:
         raise InputError(f"{workspace}: cannot be written ({error.strerror})") from error
     before = dict(os.environ)
-    port = _free_port()
+    services = {} if port else _ONE_COMMAND
+    port = port or _free_port()
     url = f"http://127.0.0.1:{port}/api"
     shared = {
         "PREFECT_HOME": str(folder),
@@ -102,11 +109,14 @@ def prefect_server(workspace: Path) -> Iterator[str]:
         with (
             (folder / "server.log").open("ab") as log,
             subprocess.Popen(
-                [sys.executable, "-m", "prefect", "server", "start"]
-                + ["--host", "127.0.0.1", "--port", str(port)],
+                [
+                    *(sys.executable, "-m", "prefect", "server", "start"),
+                    *("--host", "127.0.0.1", "--port", str(port)),
+                ],
                 env={
                     **os.environ,
-                    **_QUIET,
+                    **_SERVER,
+                    **services,
                     **shared,
                     "PREFECT_API_DATABASE_CONNECTION_URL": database,
                 },

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
-from tasks import manifest, settings
+from tasks import manifest
 from tasks.collect.task import collect
 from tasks.define.task import define
 from tasks.errors import OnboardError
 from tasks.publish.task import (
     prepare_sglang,
-    provenance_file,
     publish_coverage,
     publish_dataset,
     request_kernel,
@@ -33,8 +34,8 @@ from tasks.request import OnboardRequest, Step, remaining_steps
         "is complete. Retrying repeats only what failed."
     ),
 )
-def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> str:
-    """Do what is left for one kernel and return its state.
+def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]:
+    """Do what is left for one kernel; the final state's data is the kernel's state.
 
     Args:
         request: what the user asked for.
@@ -52,40 +53,24 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> str:
     run = manifest.load(path)
     state = run.state(run.kernel(name))
     get_run_logger().info("%s: %s", name, state)
-    return state
+    # The name is what the UI shows: a kernel that waits for upstream is not simply completed.
+    return Completed(name=state.capitalize(), data=state)
 
 
 def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
-    options = settings.load_settings(request.workspace)
-    dataset = options.clone("flashinfer_trace")
     run = manifest.load(path)
     steps = remaining_steps(run, run.kernel(name), request)
 
     if Step.DEFINE in steps:
-        define(path, name, drafts_folder(request), dataset)
+        define(path, name)
     if Step.REQUEST_KERNEL in steps:
         request_kernel(path, name)
     if Step.PREPARE_SGLANG in steps:
         prepare_sglang(path, name)
     if Step.COLLECT in steps:
-        provenance = provenance_file(request.workspace, request.model_name, name)
-        dumps = dumps_folder(request, options)
-        collect(path, name, dumps, dataset, provenance, options.collect.max_workloads)
+        collect(path, name, request.dumps)
     if Step.PUBLISH_DATASET in steps:
         publish_dataset(path, name)
     if Step.PUBLISH_COVERAGE in steps:
         published = manifest.load(path).phase4[name]
         publish_coverage(path, name, str(published.flashinfer_trace_pr))
-
-
-def drafts_folder(request: OnboardRequest) -> Path:
-    """Return where the drafted definitions of a model are kept until they are staged."""
-    return request.workspace / ".cache" / "drafts" / request.model_name
-
-
-def dumps_folder(request: OnboardRequest, options: settings.Settings) -> Path | None:
-    """Return the recorded dumps to collect from: the request's, else the model's in the settings."""
-    if request.dumps:
-        return request.dumps
-    recorded = options.collect.recorded_dumps
-    return recorded / request.model_name if recorded else None

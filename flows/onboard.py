@@ -1,23 +1,25 @@
 """Onboard one model: `onboard-model`.
 
-Phase 0 and 1 run here, then one `onboard-kernel` run per kernel that has anything left to do, side by
-side. The report at the end has every kernel's state; the run fails only if a kernel failed.
+Phase 0 and 1 run here, then one `onboard-kernel` run per kernel that has anything left to do, side
+by side. The report at the end has every kernel's state; the run fails only if a kernel failed.
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 from pathlib import Path
+from typing import Any, cast
 
 from prefect import flow, get_run_logger, task, unmapped
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.futures import wait
-from prefect.states import Completed, Failed, State
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Completed, Failed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from pydantic import BaseModel
 
 from flows.dispatch import start_kernel
-from flows.kernel import drafts_folder
 from flows.report import Report
 from tasks import manifest, settings
 from tasks.define.task import draft
@@ -28,6 +30,20 @@ from tasks.repos.task import update_repo
 from tasks.request import OnboardRequest, Step, remaining_steps
 
 
+class Outcome(BaseModel):
+    """What a run leaves behind."""
+
+    manifest: Path
+    worked_on: list[str]
+    """The kernels that had anything left to do."""
+
+
+# Prefect's decorator names its parameter type without the runner's own type variable.
+_KERNELS_AT_A_TIME: TaskRunner[PrefectFuture[Any]] = cast(
+    "TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=8)
+)
+
+
 @flow(
     name="onboard-model",
     flow_run_name="{request.model_name}",
@@ -36,16 +52,16 @@ from tasks.request import OnboardRequest, Step, remaining_steps
         "run one onboard-kernel per kernel with work left. Running it again continues where the "
         "manifest says."
     ),
-    task_runner=ThreadPoolTaskRunner(max_workers=4),
+    task_runner=_KERNELS_AT_A_TIME,
 )
-def onboard_model(request: OnboardRequest) -> State[str]:
-    """Run the requested phases for one model; the final state's data is the manifest's path.
+def onboard_model(request: OnboardRequest) -> State[Outcome]:
+    """Run the requested phases for one model; the final state's data is the `Outcome`.
 
     Args:
         request: the model and what to do.
     """
     shas = update_sources(request)
-    today = datetime.datetime.now(tz=datetime.UTC).date()
+    today = dt.datetime.now(tz=dt.UTC).date()
     path = manifest.open_for(request.workspace, request.model_name, request.hf_repo_id, today)
     if 1 in request.phases:
         discover_kernels(request, shas, path)
@@ -55,14 +71,12 @@ def onboard_model(request: OnboardRequest) -> State[str]:
         for entry in run.kernels
         if (steps := remaining_steps(run, entry, request))
     }
-    get_run_logger().info(
-        "%d of %d kernels have work to do", len(todo), len(manifest.load(path).kernels)
-    )
+    get_run_logger().info("%d of %d kernels have work to do", len(todo), len(run.kernels))
     undefined = [name for name, steps in todo.items() if Step.DEFINE in steps]
     if undefined:
-        draft(path, undefined, drafts_folder(request))
+        draft(path, undefined)
     wait(start_kernel.map(unmapped(request), unmapped(path), list(todo)))
-    return report(path)
+    return report(path, list(todo))
 
 
 def update_sources(request: OnboardRequest) -> dict[str, str]:
@@ -94,7 +108,7 @@ def update_sources(request: OnboardRequest) -> dict[str, str]:
 
 
 @task(name="report", description="Write the inventory and the final report as artifacts.")
-def report(path: Path) -> State[str]:
+def report(path: Path, worked_on: list[str]) -> State[Outcome]:
     """Write the artifacts; Failed if any kernel failed, whatever became of the others."""
     result = Report(manifest.load(path), path)
     key = re.sub(r"[^a-z0-9]+", "-", result.run.model_slug.lower()).strip("-")
@@ -106,7 +120,7 @@ def report(path: Path) -> State[str]:
     create_markdown_artifact(
         key=f"report-{key}", markdown=result.markdown(), description="Where every kernel stands"
     )
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(result.states.items()))
+    outcome = Outcome(manifest=path, worked_on=worked_on)
     if result.exit_code == 1:
-        return Failed(message=counts, data=str(path))
-    return Completed(message=counts, data=str(path))
+        return Failed(message=result.counts, data=outcome)
+    return Completed(message=result.counts, data=outcome)

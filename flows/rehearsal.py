@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,23 +27,21 @@ def rehearse(
     remotes = options.remotes.model_dump()
     checkouts = {}
     for name in clone.PHASE0:
-        found = clone.in_hand(name, options.clone(name))
-        if found is None:
+        checkout = clone.in_hand(name, options.clone(name))
+        if checkout is None:
             progress(f"cloning {name} into a temporary folder")
-            found = clone.update(name, remotes[name], folder / name)
-        checkouts[name] = found
+            checkout = clone.update(name, remotes[name], folder / name)
+        checkouts[name] = checkout
     shas = {name: checkout.sha for name, checkout in checkouts.items()}
     clones = {name: checkout.path for name, checkout in checkouts.items()}
     found = inventory(request, clones, shas, folder / "cache", options)
-    today = datetime.datetime.now(tz=datetime.UTC).date()
+    today = dt.datetime.now(tz=dt.UTC).date()
     path = manifest.latest(request.workspace, request.model_name)
     if path:
         run = manifest.load(path)
     else:
         path = request.workspace / manifest.file_name(request.model_name, today)
-        run = RunManifest(
-            model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today
-        )
+        run = RunManifest(model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today)
     run.repo_shas = RepoShas(**shas)
     manifest.merge_discovery(run, found.kernels, refresh=request.refresh)
     return run, path

@@ -22,6 +22,11 @@ class Report:
         return Counter(self.run.state(entry) for entry in self.run.kernels)
 
     @property
+    def counts(self) -> str:
+        """Say the states in a line."""
+        return ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
+
+    @property
     def exit_code(self) -> int:
         """0 done, 1 some kernel failed, 3 some kernel waits for something upstream."""
         if self.states["failed"]:
@@ -58,8 +63,7 @@ class Report:
 
     def markdown(self) -> str:
         """Return the report as the UI shows it."""
-        counts = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
-        lines = [f"# {self.run.model_slug}", "", counts, "", f"Manifest: `{self.path}`", ""]
+        lines = [f"# {self.run.model_slug}", "", self.counts, "", f"Manifest: `{self.path}`", ""]
         lines += ["| Kernel | State | Workloads | Links | Reason |", "|---|---|---:|---|---|"]
         for entry in self.run.kernels:
             links = ", ".join(f"[{kind}]({url})" for kind, url in self.links(entry).items())

@@ -88,8 +88,10 @@ class CoverageDocument:
         self.lines.insert(summary + 1, f"| {heading} | {architecture} | {_SUMMARY['none']} |\n")
         if self.lines and not self.lines[-1].endswith("\n"):
             self.lines[-1] += "\n"
+        last = next((line.strip() for line in reversed(self.lines) if line.strip()), "")
+        rule = "\n" if last == "---" else "\n---\n\n"
         section = (
-            f"\n---\n\n## {heading}\n\n**Architecture**: {architecture}\n\n{_HEADER}"
+            f"{rule}## {heading}\n\n**Architecture**: {architecture}\n\n{_HEADER}"
             "\n**Coverage**: 0 / 0 definitions present.\n"
         )
         self.lines += section.splitlines(keepends=True)

@@ -7,7 +7,7 @@ run: what it does not call done is done again.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -113,7 +113,7 @@ class RunManifest(BaseModel):
 
     model_slug: str
     hf_repo_id: str | None
-    date: datetime.date
+    date: dt.date
     repo_shas: RepoShas = Field(default_factory=RepoShas)
     kernels: list[KernelEntry] = Field(default_factory=list)
     phase4: dict[str, PullRequests] = Field(default_factory=dict)
@@ -140,23 +140,19 @@ class RunManifest(BaseModel):
 
     def state(self, entry: KernelEntry) -> str:
         """Say in a word or two how far a kernel has come; derived, never stored."""
-        if entry.error:
-            return "failed"
-        if entry.route is Route.NOTHING:
-            return "existing"
-        pulls = self.phase4.get(entry.definition_name)
-        if pulls and pulls.flashinfer_trace_pr and pulls.flashinfer_bench_pr:
-            return "published"
-        if entry.route is Route.AWAIT_SGLANG and entry.sglang_pr_url:
-            return "waiting"
-        if entry.phase3_status == DONE:
-            return "collected"
-        if entry.phase2_status == DONE:
-            return "defined"
-        return "new"
+        pulls = self.phase4.get(entry.definition_name, PullRequests())
+        facts = {
+            "failed": entry.error,
+            "existing": entry.route is Route.NOTHING,
+            "published": pulls.flashinfer_trace_pr and pulls.flashinfer_bench_pr,
+            "waiting": entry.route is Route.AWAIT_SGLANG and entry.sglang_pr_url,
+            "collected": entry.phase3_status == DONE,
+            "defined": entry.phase2_status == DONE,
+        }
+        return next((state for state, holds in facts.items() if holds), "new")
 
 
-def file_name(model_slug: str, date: datetime.date) -> str:
+def file_name(model_slug: str, date: dt.date) -> str:
     """Return the manifest's file name for a model and a day."""
     return f"onboard_{model_slug}_{date:%Y%m%d}.json"
 
@@ -290,9 +286,7 @@ def merge_discovery(
     for found in discovered:
         old = known.pop(found.definition_name, None)
         later = old.model_dump(exclude_unset=True, exclude=set(PHASE1_FIELDS)) if old else {}
-        merged.append(
-            KernelEntry.model_validate({**found.model_dump(exclude_unset=True), **later})
-        )
+        merged.append(KernelEntry.model_validate({**found.model_dump(exclude_unset=True), **later}))
     merged += [
         entry
         for entry in known.values()
@@ -303,9 +297,7 @@ def merge_discovery(
         manifest.phase4 = {}
 
 
-def check_same_model(
-    run: RunManifest, path: Path, model_slug: str, hf_repo_id: str | None
-) -> None:
+def check_same_model(run: RunManifest, path: Path, model_slug: str, hf_repo_id: str | None) -> None:
     """Check that a manifest is of the model somebody asked for.
 
     Raises:
@@ -320,9 +312,7 @@ def check_same_model(
         )
 
 
-def open_for(
-    workspace: Path, model_slug: str, hf_repo_id: str | None, today: datetime.date
-) -> Path:
+def open_for(workspace: Path, model_slug: str, hf_repo_id: str | None, today: dt.date) -> Path:
     """Return the model's manifest to continue, or create today's.
 
     Raises:

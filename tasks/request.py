@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tasks.files import safe_name
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
+from tasks.settings import load_settings
 
 ALL_PHASES = (0, 1, 2, 3, 4)
 
@@ -28,7 +29,10 @@ class OnboardRequest(BaseModel):
     config: Path | None = Field(
         default=None, description="A config.json file to use instead of the Hub's."
     )
-    workspace: Path = Field(description="Folder of clones, manifests and the outbox.")
+    workspace: Path = Field(
+        default_factory=lambda: load_settings().workspace,
+        description="Folder of clones, manifests and the outbox.",
+    )
     phases: tuple[int, ...] = Field(default=ALL_PHASES, description="Phases to run.")
     skip_workload: bool = Field(default=False, description="Do not collect workloads (phase 3).")
     submit_prs: bool = Field(default=True, description="Publish what is complete (phase 4).")

@@ -1,7 +1,8 @@
 """Settings: where things live and where they go.
 
-Read, first match wins, from arguments, environment variables (`ONBOARD_...`, nested with `__`), and
-`onboard.toml` in the workspace. Tokens are `SecretStr`: they do not print, dump, or reach a manifest.
+Read, first match wins, from arguments, environment variables (`ONBOARD_...`, nested with `__`),
+and `onboard.toml` in the workspace. Tokens are `SecretStr`: they do not print, dump, or reach a
+manifest.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ class Settings(BaseSettings):
     def outbox(self) -> Path:
         """Where pull requests and issues are put when they cannot be sent."""
         return self.workspace / "outbox"
+
+    def drafts(self, model_slug: str) -> Path:
+        """Return where a model's drafted definitions are kept until they are staged."""
+        return self.workspace / ".cache" / "drafts" / model_slug
+
+    def provenance(self, model_slug: str, definition_name: str) -> Path:
+        """Return the file that says what a definition's workloads were made of."""
+        return self.workspace / "collected" / model_slug / f"{definition_name}.json"
 
     def clone(self, name: str) -> Path:
         """Return the folder of a repository's clone; the names are those the procedures use."""

@@ -1,26 +1,26 @@
 """`step`: a Prefect task as this project makes them, in one place.
 
-Every step is tagged with its phase, keeps its result as JSON, and is not repeated within a flow run:
-the cache key is its inputs and the run's id. Prefect's default key also has the task's source, so a
-run that waited over a redeployment would repeat what it had done. A new run asks the manifest instead.
+Every step is tagged with its phase, keeps its result as JSON, and is not repeated within a flow
+run: the cache key is its inputs and the run's id. Prefect's default key also has the task's source,
+so a run that waited over a redeployment would repeat what it had done. A new run asks the manifest
+instead.
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import State
+from prefect.client.schemas.objects import State, TaskRun
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_Span = tuple[datetime.datetime, datetime.datetime]
+_Span = tuple[dt.datetime, dt.datetime]
 _spans: defaultdict[int, list[_Span]] = defaultdict(list)
 
 
@@ -43,7 +43,6 @@ def step(
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         return task(
-            function,
             name=name,
             description=description,
             task_run_name=run_name,
@@ -52,7 +51,7 @@ def step(
             persist_result=once,
             on_completion=[note],
             on_failure=[note],
-        )
+        )(function)
 
     return decorate
 
@@ -61,10 +60,10 @@ def phase_seconds() -> dict[int, float]:
     """Return the wall-clock seconds this process spent in each phase's steps, overlaps once."""
     seconds = {}
     for phase, spans in sorted(_spans.items()):
-        total, end = datetime.timedelta(), None
+        total, end = dt.timedelta(), None
         for start, stop in sorted(spans):
             begin = start if end is None else max(start, end)
-            total += max(stop - begin, datetime.timedelta())
+            total += max(stop - begin, dt.timedelta())
             end = stop if end is None else max(stop, end)
         seconds[phase] = total.total_seconds()
     return seconds

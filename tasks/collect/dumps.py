@@ -1,8 +1,8 @@
 """Read FlashInfer's level-10 dumps.
 
-One folder per call, with `metadata.jsonl` (its last line counts) and `inputs.safetensors`. Arguments
-come back under their parameter names. Nothing is loaded until a row asks for it, no pickle is ever
-opened, and whatever cannot be read is a counted reason.
+One folder per call, with `metadata.jsonl` (its last line counts) and `inputs.safetensors`.
+Arguments come back under their parameter names. Nothing is loaded until a row asks for it, no
+pickle is ever opened, and whatever cannot be read is a counted reason.
 """
 
 from __future__ import annotations

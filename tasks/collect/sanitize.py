@@ -137,9 +137,7 @@ def _line(definition: dict[str, Any], candidate: Candidate, place: DefinitionFil
     )
 
 
-def write_workloads(
-    dataset: Path, definition: dict[str, Any], chosen: list[Candidate]
-) -> None:
+def write_workloads(dataset: Path, definition: dict[str, Any], chosen: list[Candidate]) -> None:
     """Write rows and blobs into the dataset: blobs first, then the rows that name them.
 
     A crash in between leaves no row without its blob; blobs no row names are removed.

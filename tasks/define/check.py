@@ -1,7 +1,7 @@
 """Check that a definition holds together, without running it and without torch.
 
-These are the rules of `flashinfer_bench.data.Definition` plus the ones it leaves to the builder (the
-reference takes exactly the inputs); the real model is applied too where it is installed.
+These are the rules of `flashinfer_bench.data.Definition` plus the ones it leaves to the builder
+(the reference takes exactly the inputs); the real model is applied too where it is installed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def check_definition(definition: dict[str, Any]) -> None:
         _check_tensors("inputs", inputs, axes)
         _check_tensors("outputs", outputs, axes)
     except (AttributeError, TypeError) as error:
-        raise DefinitionError(f"axes, inputs or outputs: not of the right form ({error})") from error
+        raise DefinitionError(
+            f"axes, inputs or outputs: not of the right form ({error})"
+        ) from error
     both = sorted(inputs.keys() & outputs.keys())
     if both:
         raise DefinitionError(f"outputs: {', '.join(both)} is an input too")

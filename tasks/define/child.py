@@ -1,8 +1,8 @@
 """The child process that drafts definitions: `python -m tasks.define.child REQUEST RESULT`.
 
-It is the only place that imports torch, FlashInfer and FlashInfer-Bench. Templates are called on meta
-tensors, so it needs no GPU and allocates nothing. Without the bench extra every kernel takes its op
-module's definition.
+It is the only place that imports torch, FlashInfer and FlashInfer-Bench. Templates are called on
+meta tensors, so it needs no GPU and allocates nothing. Without the bench extra every kernel takes
+its op module's definition.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _import_bench() -> tuple[Any, Any] | str:
         import flashinfer  # noqa: F401
         import torch
         from flashinfer_bench.data import Definition
-    except Exception as error:  # noqa: BLE001  FlashInfer runs device code at import on some hosts
+    except Exception as error:  # FlashInfer runs device code at import on some hosts
         return f"{type(error).__name__}: {error}"
     return torch, Definition
 

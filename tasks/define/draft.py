@@ -32,8 +32,7 @@ def draft_definitions(entries: Sequence[KernelEntry], model_slug: str, drafts: P
     request = {
         "model_slug": model_slug,
         "kernels": [
-            {"spec": entry.spec, "has_template": bool(entry.fi_trace_template)}
-            for entry in entries
+            {"spec": entry.spec, "has_template": bool(entry.fi_trace_template)} for entry in entries
         ],
     }
     with tempfile.TemporaryDirectory(prefix="onboard-draft-") as folder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from tasks import manifest
+from tasks import manifest, settings
 from tasks.define.draft import draft_definitions, stage_definition
 from tasks.manifest import DONE, Route
 from tasks.step import step
@@ -18,26 +18,30 @@ from tasks.step import step
     "Call FlashInfer's trace templates on meta tensors, in one child process.",
     once=False,
 )
-def draft(path: Path, names: list[str], drafts: Path) -> None:
+def draft(path: Path, names: list[str]) -> None:
     """Draft the definitions of several kernels.
 
     Raises:
         DefinitionError: the child process failed.
     """
     run = manifest.load(path)
+    drafts = settings.load_settings(path.parent).drafts(run.model_slug)
     draft_definitions([run.kernel(name) for name in names], run.model_slug, drafts)
     get_run_logger().info("drafted %d definitions", len(names))
 
 
 @step(2, "define", "Stage the kernel's definition in the dataset clone.")
-def define(path: Path, name: str, drafts: Path, dataset: Path) -> str:
+def define(path: Path, name: str) -> str:
     """Stage one definition and record phase 2 as done; return how the definition was made.
 
     Raises:
         DefinitionError: the kernel could not be drafted.
     """
-    entry = manifest.load(path).kernel(name)
-    made = stage_definition(entry, drafts, dataset)
+    run = manifest.load(path)
+    entry = run.kernel(name)
+    options = settings.load_settings(path.parent)
+    dataset = options.clone("flashinfer_trace")
+    made = stage_definition(entry, options.drafts(run.model_slug), dataset)
     fields = {"phase2_status": DONE, "phase2_method": made["method"]}
     if made["notes"]:
         fields["phase2_notes"] = made["notes"]

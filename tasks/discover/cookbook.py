@@ -44,6 +44,17 @@ def _items(node: Any, key: str) -> list[dict[str, Any]]:
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
+def _degree(value: Any, where: str) -> int:
+    """Return a degree of parallelism.
+
+    Raises:
+        InputError: it is not a positive integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{where} is {value!r}, not a positive integer")
+    return value
+
+
 def _servings(source: str, model: dict[str, Any]) -> Iterator[Serving]:
     hardware = model.get("hardware")
     for name, machine in (hardware if isinstance(hardware, dict) else {}).items():
@@ -51,11 +62,10 @@ def _servings(source: str, model: dict[str, Any]) -> Iterator[Serving]:
             engine = configuration.get("engine")
             if not isinstance(engine, dict):
                 continue
-            tp, ep, dp = engine.get("tp"), engine.get("ep") or 1, engine.get("dp") or 1
             where = f"{source}: {model.get('model_path')} on {name}"
-            for field, value in (("tp", tp), ("ep", ep), ("dp", dp)):
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise InputError(f"{where}: engine.{field} is {value!r}, not a positive integer")
+            tp = _degree(engine.get("tp"), f"{where}: engine.tp")
+            ep = _degree(engine.get("ep") or 1, f"{where}: engine.ep")
+            dp = _degree(engine.get("dp") or 1, f"{where}: engine.dp")
             if engine.get("enable_dp_attention"):
                 tp = max(1, tp // dp)
             yield Serving(tp=tp, ep=ep, origin=f"sgl-cookbook {source}")

@@ -16,6 +16,7 @@ def fetch_config(repo_id: str, settings: Settings) -> Path:
         ConfigError: the repository or the file does not exist, is private, or the Hub cannot be
             reached; the message says how to go on with a local file.
     """
+    from httpx import HTTPError
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -24,7 +25,6 @@ def fetch_config(repo_id: str, settings: Settings) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
-    from httpx import HTTPError
 
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     otherwise = "give the file itself with --config FILE"
@@ -33,10 +33,12 @@ def fetch_config(repo_id: str, settings: Settings) -> Path:
             hf_hub_download(repo_id, "config.json", token=token, endpoint=settings.hf_endpoint)
         )
     except HFValidationError as error:
-        raise InputError(f"--hf-repo-id: {repo_id!r} is not a Hugging Face repository id") from error
+        raise InputError(
+            f"--hf-repo-id: {repo_id!r} is not a Hugging Face repository id"
+        ) from error
     except GatedRepoError as error:
         raise ConfigError(
-            f"{repo_id}: gated on the Hub; accept its terms and set ONBOARD_HF_TOKEN, or {otherwise}"
+            f"{repo_id}: gated on the Hub; accept its terms, set ONBOARD_HF_TOKEN, or {otherwise}"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConfigError(

@@ -89,9 +89,7 @@ def inventory(
             shas["flashinfer"],
             lambda: index_flashinfer(clones["flashinfer"]),
         ),
-        sglang=cached(
-            cache, SglangIndex, shas["sglang"], lambda: index_sglang(clones["sglang"])
-        ),
+        sglang=cached(cache, SglangIndex, shas["sglang"], lambda: index_sglang(clones["sglang"])),
         shas=shas,
         published=dataset.published_definitions(clones["flashinfer_trace"]),
     )

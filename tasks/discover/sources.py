@@ -160,10 +160,10 @@ def index_flashinfer(checkout: Path) -> FlashInferIndex:
                     file=path, line=node.lineno, has_template=has_template
                 )
         if is_package:
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom):
-                    origin = _absolute(module, is_package, node)
-                    for alias in node.names:
+            for statement in ast.walk(tree):
+                if isinstance(statement, ast.ImportFrom):
+                    origin = _absolute(module, is_package, statement)
+                    for alias in statement.names:
                         exports[f"{module}.{alias.asname or alias.name}"] = f"{origin}.{alias.name}"
     if not apis:
         raise InputError(f"{checkout}: no @flashinfer_api in flashinfer/; is it FlashInfer 0.6+?")
@@ -189,7 +189,7 @@ class _References(ast.NodeVisitor):
         self.bound.setdefault(name, set()).add(origin)
 
     def _wanted(self, origin: str) -> bool:
-        return origin.split(".")[0] in self.packages
+        return origin.partition(".")[0] in self.packages
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -207,9 +207,9 @@ class _References(ast.NodeVisitor):
         value = node.value
         lazy = isinstance(value, ast.Call) and (_dotted(value.func) or "").endswith("LazyImport")
         if lazy and isinstance(value, ast.Call):
-            texts = [a.value for a in value.args if isinstance(a, ast.Constant)]
+            texts = [str(a.value) for a in value.args if isinstance(a, ast.Constant)]
             names = [t.id for t in node.targets if isinstance(t, ast.Name)]
-            if len(texts) == 2 and names and self._wanted(str(texts[0])):
+            if len(texts) == 2 and names and self._wanted(texts[0]):
                 self._bind(names[0], f"{texts[0]}.{texts[1]}")
                 return
         self.generic_visit(node)
@@ -242,7 +242,9 @@ class _References(ast.NodeVisitor):
             self._use(node, node.id)
 
 
-def _references(path: str, tree: ast.Module, packages: tuple[str, ...]) -> list[tuple[str, int, str]]:
+def _references(
+    path: str, tree: ast.Module, packages: tuple[str, ...]
+) -> list[tuple[str, int, str]]:
     visitor = _References(_module_name(path), path.endswith("__init__.py"), packages)
     # Imports first: a function may use a name that the module binds further down.
     for node in ast.walk(tree):
@@ -300,9 +302,7 @@ def index_sglang(checkout: Path) -> SglangIndex:
     return SglangIndex(references=references, architectures=architectures)
 
 
-def cached(
-    cache: Path, kind: type[Index], sha: str, build: Callable[[], Index]
-) -> Index:
+def cached(cache: Path, kind: type[Index], sha: str, build: Callable[[], Index]) -> Index:
     """Return the index of a commit from `cache`, building and storing it where it is not there."""
     path = cache / f"{kind.__name__.lower()}-{files.safe_name(sha, 'commit')}.json"
     try:

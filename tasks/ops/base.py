@@ -63,7 +63,7 @@ class KernelSpec(BaseModel):
 
 @dataclass(frozen=True)
 class NotProduced:
-    """A part of the model for which no definition is produced, and why; it is listed, not dropped."""
+    """A part of the model for which no definition is produced, and why; listed, not dropped."""
 
     what: str
     reason: str
@@ -207,9 +207,7 @@ class OpModule(ABC):
     """Model classes mapped here although SGLang does not serve them."""
 
     @abstractmethod
-    def required(
-        self, model: ModelConfig, serving: Serving
-    ) -> Iterator[KernelSpec | NotProduced]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """Yield the kernels of this family that the model needs when served so."""
 
     @abstractmethod
@@ -223,15 +221,15 @@ class OpModule(ABC):
         Without name, op type and tags about the run, which are the same for every family.
         """
 
-    def template_call(self, spec: KernelSpec) -> TemplateCall | None:  # noqa: ARG002
+    def template_call(self, spec: KernelSpec) -> TemplateCall | None:
         """Return the call of a trace template whose answer may be trusted, if there is one."""
         return None
 
-    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:  # noqa: ARG002
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """Turn a session's calls into candidate rows; calls of other APIs are passed over."""
         return iter(())
 
-    def baseline(self, spec: KernelSpec) -> str | None:  # noqa: ARG002
+    def baseline(self, spec: KernelSpec) -> str | None:
         """Return the source of `run(...)` wrapping the FlashInfer API, if it can be wrapped."""
         return None
 

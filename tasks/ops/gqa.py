@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -265,9 +266,7 @@ class GqaPaged(OpModule):
 
     op_type = "gqa_paged"
 
-    def required(
-        self, model: ModelConfig, serving: Serving
-    ) -> Iterator[KernelSpec | NotProduced]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """Both stages at both page sizes."""
         if not _has_gqa(model):
             return
@@ -395,12 +394,14 @@ class GqaPaged(OpModule):
         for call in calls:
             if call.name != f"{wrapper}.plan":
                 continue
+            if spec.variant == "prefill" and call.process in ragged:
+                yield Rejected(
+                    call.id,
+                    f"{call.name}: no evidence of a causal run (the process plans ragged "
+                    "prefill, this plan covers cached prefixes only)",
+                )
+                continue
             try:
-                if spec.variant == "prefill" and call.process in ragged:
-                    raise DumpError(
-                        f"{call.name}: no evidence of a causal run (the process plans ragged "
-                        "prefill, this plan covers cached prefixes only)"
-                    )
                 yield self._row(spec, call)
             except DumpError as error:
                 yield Rejected(call.id, str(error))
@@ -469,7 +470,7 @@ def _regroup(call: Call, stored: dict[str, np.ndarray], page_size: int) -> dict[
     """
     indptr, indices = stored["kv_indptr"], stored["kv_indices"]
     pages, lengths = [], []
-    for first, end in zip(indptr[:-1], indptr[1:], strict=True):
+    for first, end in pairwise(indptr):
         tokens = indices[first:end]
         heads = tokens[::page_size]
         expected = (heads[:, None] + np.arange(page_size)).reshape(-1)[: tokens.size]
@@ -491,9 +492,7 @@ class GqaRagged(OpModule):
 
     op_type = "gqa_ragged"
 
-    def required(
-        self, model: ModelConfig, serving: Serving
-    ) -> Iterator[KernelSpec | NotProduced]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """One kernel per serving configuration."""
         if not _has_gqa(model):
             return
@@ -621,6 +620,4 @@ class GqaRagged(OpModule):
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper."""
         head = _WRAPPER.format(wrapper=_RAGGED, layout='"NHD"')
-        return head + _RAGGED_BASELINE.format(
-            arguments=", ".join(self.definition(spec)["inputs"])
-        )
+        return head + _RAGGED_BASELINE.format(arguments=", ".join(self.definition(spec)["inputs"]))

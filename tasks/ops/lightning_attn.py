@@ -67,9 +67,7 @@ class LightningAttention(OpModule):
     op_type = "lightning_attn"
     architectures = frozenset({"MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"})
 
-    def required(
-        self, model: ModelConfig, serving: Serving
-    ) -> Iterator[KernelSpec | NotProduced]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """Both stages, for models whose `attn_type_list` names linear layers."""
         if not model.linear_attention_layers:
             return

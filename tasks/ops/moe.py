@@ -166,9 +166,7 @@ class FusedMoe(OpModule):
 
     op_type = "moe"
 
-    def required(
-        self, model: ModelConfig, serving: Serving
-    ) -> Iterator[KernelSpec | NotProduced]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """The precisions whose routing and shapes the model has."""
         moe = model.moe
         if moe is None:
@@ -191,9 +189,7 @@ class FusedMoe(OpModule):
         for variant in ("fp8_block_scale",) if deepseek else tuple(_KERNELS):
             yield self._spec(variant, model, moe, serving)
 
-    def _spec(
-        self, variant: str, model: ModelConfig, moe: Moe, serving: Serving
-    ) -> KernelSpec:
+    def _spec(self, variant: str, model: ModelConfig, moe: Moe, serving: Serving) -> KernelSpec:
         local = moe.num_experts // serving.ep
         shape = f"e{local}_h{model.hidden_size}_i{moe.intermediate_size}"
         axes = {
@@ -254,9 +250,7 @@ class FusedMoe(OpModule):
                 "gemm2_weights.shape[1] == hidden_size",
                 "gemm2_weights.shape[2] == intermediate_size",
             ],
-            "outputs": {
-                "output": tensor(["seq_len", "hidden_size"], "bfloat16", "Weighted sum.")
-            },
+            "outputs": {"output": tensor(["seq_len", "hidden_size"], "bfloat16", "Weighted sum.")},
             **built,
         }
 

@@ -32,7 +32,7 @@ _GEMMA_MODEL_TYPES = ("gemma",)
 _TEMPLATE_EPS = 1e-6
 """The epsilon in FlashInfer's own trace templates."""
 
-_RMSNORM = '''\
+_RMSNORM = """\
 import torch
 
 
@@ -47,9 +47,9 @@ def run(hidden_states, weight):
     inv_rms = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + EPS)
     y = (x * inv_rms) * weight.to(torch.float32)
     return y.to(hidden_states.dtype)
-'''
+"""
 
-_FUSED = '''\
+_FUSED = """\
 import torch
 
 
@@ -64,7 +64,7 @@ def run(hidden_states, residual, weight):
     inv_rms = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + EPS)
     y = (x * inv_rms) * weight.to(torch.float32)
     return y.to(hidden_states.dtype)
-'''
+"""
 
 _RMSNORM_BASELINE = """\
 import flashinfer

@@ -171,6 +171,4 @@ class Sampling(OpModule):
 
     def baseline(self, spec: KernelSpec) -> str:
         """Wrap the FlashInfer function."""
-        return _BASELINE.format(
-            function=spec.variant, arguments=", ".join(_FILTERS[spec.variant])
-        )
+        return _BASELINE.format(function=spec.variant, arguments=", ".join(_FILTERS[spec.variant]))

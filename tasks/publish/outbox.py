@@ -61,10 +61,8 @@ class Outbox:
         head = {"repository": post.repository, "title": post.title}
         if post.labels:
             head |= {"labels": ", ".join(post.labels)}
-        text = (
-            f"---\n{yaml.safe_dump({**head, **where}, sort_keys=False, allow_unicode=True, width=999)}"
-            f"---\n{post.body.rstrip()}\n\n{marker(post.key, post.kind)}\n"
-        )
+        facts = yaml.safe_dump({**head, **where}, sort_keys=False, allow_unicode=True, width=999)
+        text = f"---\n{facts}---\n{post.body.rstrip()}\n\n{marker(post.key, post.kind)}\n"
         name = files.safe_name(post.key, "outbox entry")
         path = self._root / _FOLDERS[post.kind] / f"{name}.{post.kind}.md"
         try:
@@ -75,7 +73,8 @@ class Outbox:
             files.write_text(path, text)
             git("add", "--", ".gitignore", str(path.relative_to(self._root)), cwd=self._root)
             if git("status", "--porcelain", "--untracked-files=no", cwd=self._root):
-                git("commit", "--quiet", "-m", f"{post.kind}: {post.title}", cwd=self._root, env=AUTHOR)
+                message = f"{post.kind}: {post.title}"
+                git("commit", "--quiet", "-m", message, cwd=self._root, env=AUTHOR)
         except GitError as error:
             raise PublishError(f"{self._root}: {error}") from error
         return path.as_uri()

@@ -93,9 +93,7 @@ def dataset_pull_request(subject: Subject) -> tuple[Post, Branch]:
     if blobs:
         listed.append(f"{subject.files.blobs}/ ({len(blobs)} blobs)")
     title = f"Add {name}: {_contents(staged)}"
-    body = _body(
-        "dataset.md.j2", subject, paths=listed, collected=collected, workloads=workloads
-    )
+    body = _body("dataset.md.j2", subject, paths=listed, collected=collected, workloads=workloads)
     post = Post(name, "dataset", DATASET_REPOSITORY, title, body)
     shas = subject.manifest.repo_shas
     message = (
@@ -148,7 +146,9 @@ def coverage_pull_request(
     document.mark(heading, name, entry.op_type, status)
     files.write_text(edited, document.render())
     title = f"docs: mark {name} as covered for {heading}"
-    body = _body("coverage.md.j2", subject, status=status, path=COVERAGE_PATH, dataset_pr=dataset_pr)
+    body = _body(
+        "coverage.md.j2", subject, status=status, path=COVERAGE_PATH, dataset_pr=dataset_pr
+    )
     post = Post(name, "coverage", BENCH_REPOSITORY, title, body)
     message = f"{title}\n\nDataset pull request: {dataset_pr}\n"
     changed = {PurePosixPath(COVERAGE_PATH): edited}

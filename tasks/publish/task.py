@@ -22,14 +22,9 @@ def _subject(path: Path, name: str) -> tuple[Subject, Publisher]:
         manifest=run,
         entry=run.kernel(name),
         dataset=options.clone("flashinfer_trace"),
-        collected=provenance_file(path.parent, run.model_slug, name),
+        collected=options.provenance(run.model_slug, name),
     )
     return subject, Outbox(options.outbox)
-
-
-def provenance_file(workspace: Path, model_slug: str, name: str) -> Path:
-    """Return where a definition's provenance is kept."""
-    return workspace / "collected" / model_slug / f"{name}.json"
 
 
 @step(2, "request-kernel", "Prepare the issue that asks FlashInfer for the kernel.")
@@ -42,7 +37,11 @@ def request_kernel(path: Path, name: str) -> str:
     return url
 
 
-@step(3, "prepare-sglang-pr", "Prepare the SGLang pull request without which nothing can be collected.")
+@step(
+    3,
+    "prepare-sglang-pr",
+    "Prepare the SGLang pull request without which nothing can be collected.",
+)
 def prepare_sglang(path: Path, name: str) -> str:
     """Prepare the SGLang pull request and record its URL."""
     subject, publisher = _subject(path, name)
@@ -52,7 +51,9 @@ def prepare_sglang(path: Path, name: str) -> str:
     return url
 
 
-@step(4, "publish-dataset", "Open the dataset pull request with everything staged for the definition.")
+@step(
+    4, "publish-dataset", "Open the dataset pull request with everything staged for the definition."
+)
 def publish_dataset(path: Path, name: str) -> str:
     """Open the dataset pull request and record its URL."""
     subject, publisher = _subject(path, name)

@@ -1,8 +1,8 @@
 """The demo workspace: real inputs as local git remotes, for a machine with no account and no GPU.
 
-FlashInfer and SGLang are the real packages, downloaded from the package index and committed as their
-repositories have them (Python sources only: that is what phase 1 reads). The dataset, the cookbook,
-the coverage document, two model configs and the recorded dumps come from `tests/data`.
+FlashInfer and SGLang are the real packages, downloaded from the package index and committed as
+their repositories have them (Python sources only: that is what phase 1 reads). The dataset, the
+cookbook, the coverage document, two model configs and the recorded dumps come from `tests/data`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def _download(package: str, version: str) -> Path:
             raise InputError(f"{package} {version}: cannot be downloaded ({' '.join(lines)[:300]})")
         unpacked = Path(folder, "unpacked")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            kept = [name for name in wheel.namelist() if PurePosixPath(name).suffix in _KEPT]
-            wheel.extractall(unpacked, members=kept)
+            for name in wheel.namelist():
+                if PurePosixPath(name).suffix in _KEPT:
+                    wheel.extract(name, unpacked)
         unpacked.rename(target)
     return target
 

@@ -1,0 +1,37 @@
+"""Serve the flows as deployments from one process: started, scheduled and retried in the UI."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import Flow, serve
+from prefect.deployments.runner import RunnerDeployment
+from prefect.types.entrypoint import EntrypointType
+
+from flows.kernel import onboard_kernel
+from flows.onboard import onboard_model
+
+LIMIT = 8
+"""Flow runs at a time, parents included; a parent that waits for its kernels is one of them."""
+
+
+def _deployment(flow: Flow[Any, Any]) -> RunnerDeployment:
+    """Return a flow's deployment, of the flow's own name, found by import and not by file."""
+    made = flow.to_deployment(
+        name=flow.name, tags=["onboard"], entrypoint_type=EntrypointType.MODULE_PATH
+    )
+    return cast("RunnerDeployment", made)  # a coroutine only where there is an event loop
+
+
+def serve_flows(workspace: Path) -> None:
+    """Serve until interrupted; runs that name no workspace use `workspace`."""
+    os.environ["ONBOARD_WORKSPACE"] = str(workspace)
+    serve(
+        _deployment(onboard_model),
+        _deployment(onboard_kernel),
+        limit=LIMIT,
+        pause_on_shutdown=False,
+        print_starting_message=False,
+    )
