@@ -76,7 +76,11 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     if undefined:
         draft(path, undefined)
     wait(start_kernel.map(unmapped(request), unmapped(path), list(todo)))
-    return report(path, list(todo))
+    result = report(path)
+    outcome = Outcome(manifest=path, worked_on=list(todo))
+    if result.exit_code == 1:
+        return Failed(message=result.counts, data=outcome)
+    return Completed(message=result.counts, data=outcome)
 
 
 def update_sources(request: OnboardRequest) -> dict[str, str]:
@@ -108,8 +112,8 @@ def update_sources(request: OnboardRequest) -> dict[str, str]:
 
 
 @task(name="report", description="Write the inventory and the final report as artifacts.")
-def report(path: Path, worked_on: list[str]) -> State[Outcome]:
-    """Write the artifacts; Failed if any kernel failed, whatever became of the others."""
+def report(path: Path) -> Report:
+    """Write the artifacts and return the report they were made of."""
     result = Report(manifest.load(path), path)
     key = re.sub(r"[^a-z0-9]+", "-", result.run.model_slug.lower()).strip("-")
     create_table_artifact(
@@ -120,7 +124,4 @@ def report(path: Path, worked_on: list[str]) -> State[Outcome]:
     create_markdown_artifact(
         key=f"report-{key}", markdown=result.markdown(), description="Where every kernel stands"
     )
-    outcome = Outcome(manifest=path, worked_on=worked_on)
-    if result.exit_code == 1:
-        return Failed(message=result.counts, data=outcome)
-    return Completed(message=result.counts, data=outcome)
+    return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,9 +80,10 @@ class Outbox:
         return path.as_uri()
 
     def _remote(self, repository: str, clone: Path) -> Path:
-        """Return the bare repository for a target, made from the clone's commit.
+        """Return the bare repository for a target, whose `main` is the clone's commit.
 
-        It borrows the clone's objects, so that it costs nothing and needs no network.
+        It reads upstream's objects from the clone, so that it costs nothing and needs no network;
+        what is published is in the bare repository alone.
         """
         path = self._root / "remotes" / f"{repository.rpartition('/')[2]}.git"
         if path.exists():
@@ -97,46 +98,34 @@ class Outbox:
         return path
 
     def _publish_branch(self, repository: str, branch: Branch) -> str:
-        """Commit the files on top of the clone's commit and push; an equal branch is left alone."""
+        """Commit the files on top of the clone's commit; an equal branch is left alone."""
         try:
             remote = self._remote(repository, branch.clone)
             ref = f"refs/heads/{branch.name}"
             tip = git("for-each-ref", "--format=%(objectname)", ref, cwd=remote)
             parent = tip or git("rev-parse", "HEAD", cwd=branch.clone)
-            # The branch may have commits that a fresh clone lacks.
-            known = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(remote / "objects")}
-            tree = self._tree(branch, parent, known)
+            tree = self._tree(branch, parent, remote)
             if tip and git("rev-parse", f"{tip}^{{tree}}", cwd=remote) == tree:
                 return tip
-            commit = git(
-                *("commit-tree", tree, "-p", parent, "-m", branch.message),
-                cwd=branch.clone,
-                env={**AUTHOR, **known},
-            )
-            push = ("push", "--quiet", "--", str(remote), f"{commit}:{ref}")
-            git(*push, cwd=branch.clone, env=known)
+            message = ("-m", branch.message)
+            commit = git("commit-tree", tree, "-p", parent, *message, cwd=remote, env=AUTHOR)
+            git("update-ref", ref, commit, tip or "", cwd=remote)
         except GitError as error:
             raise PublishError(f"branch {branch.name} for {repository}: {error}") from error
         return commit
 
-    def _tree(self, branch: Branch, parent: str, known: Mapping[str, str]) -> str:
-        """Write the tree of `parent` with the branch's files into the clone's objects."""
-        paths = list(branch.files.items())
-        hashes = git(
-            *("hash-object", "-w", "--no-filters", "--stdin-paths"),
-            cwd=branch.clone,
-            stdin="".join(f"{source.absolute()}\n" for _, source in paths).encode(),
-        ).splitlines()
+    def _tree(self, branch: Branch, parent: str, remote: Path) -> str:
+        """Write the tree of `parent` with the branch's files."""
+        sources = "".join(f"{source.absolute()}\n" for source in branch.files.values())
+        write = ("hash-object", "-w", "--no-filters", "--stdin-paths")
+        hashes = git(*write, cwd=remote, stdin=sources.encode()).splitlines()
         entries = "".join(
-            f"100644 {digest}\t{path}\n" for (path, _), digest in zip(paths, hashes, strict=True)
+            f"100644 {digest}\t{path}\n" for path, digest in zip(branch.files, hashes, strict=True)
         )
         with tempfile.TemporaryDirectory(prefix="onboard-index-") as folder:
-            env = {**known, "GIT_INDEX_FILE": str(Path(folder, "index"))}
-            git("read-tree", parent, cwd=branch.clone, env=env)
-            git(
-                *("update-index", "--add", "--index-info"),
-                cwd=branch.clone,
-                stdin=entries.encode(),
-                env=env,
-            )
-            return git("write-tree", "--missing-ok", cwd=branch.clone, env=env)
+            index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+            git("read-tree", parent, cwd=remote, env=index)
+            add = ("update-index", "--add", "--index-info")
+            git(*add, cwd=remote, stdin=entries.encode(), env=index)
+            # A blobless clone lacks the blobs of files nobody touches.
+            return git("write-tree", "--missing-ok", cwd=remote, env=index)

@@ -1,0 +1,109 @@
+"""Shared fixtures: the sample's remotes (built once), and workspaces made from them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import HealthCheck, settings
+
+from tasks.repos import clone
+from tasks.repos.sample import make_sample
+from tasks.settings import load_settings
+
+DATA = Path(__file__).parent / "data"
+
+# Nothing is timed: machines differ.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what the installed extras cannot run."""
+    missing = [
+        name
+        for name in ("torch", "flashinfer", "flashinfer_bench")
+        if importlib.util.find_spec(name) is None
+    ]
+    for item in items:
+        if missing and item.get_closest_marker("bench_extra"):
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}"))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("ONBOARD_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo workspace as `onboard sample` makes it; read only."""
+    folder = tmp_path_factory.mktemp("sample") / "workspace"
+    make_sample(folder, print)
+    return folder
+
+
+def write_workspace(folder: Path, sample: Path, **remotes: str) -> Path:
+    """Make a workspace whose remotes and dumps are the sample's, except those given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {path.stem.replace("-", "_"): str(path) for path in (sample / "remotes").glob("*.git")}
+    settings = {
+        "remotes": known | remotes,
+        "collect": {"recorded_dumps": str(sample / "dumps")},
+    }
+    (folder / "onboard.toml").write_text(tomli_w.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cloned(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with all clones made; read only, see `workspace`."""
+    folder = write_workspace(tmp_path_factory.mktemp("cloned") / "workspace", sample)
+    options = load_settings(folder)
+    for name, url in options.remotes.model_dump().items():
+        clone.update(name, url, options.clone(name))
+    return folder
+
+
+def copy_workspace(cloned: Path, folder: Path) -> Path:
+    """Copy a workspace by hard links: git and this project replace files, they never edit them."""
+    shutil.copytree(cloned, folder, copy_function=os.link, symlinks=True)
+    return folder
+
+
+@pytest.fixture
+def workspace(cloned: Path, tmp_path: Path) -> Path:
+    """A workspace of one's own, with all clones."""
+    return copy_workspace(cloned, tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def dumps(sample: Path) -> Path:
+    """The recorded dumps of Qwen3-30B-A3B on an H200."""
+    return sample / "dumps" / "qwen3-30b-a3b"
+
+
+@pytest.fixture
+def own_dumps(tmp_path: Path) -> Path:
+    """A copy of the small recording (norms) to damage."""
+    folder = tmp_path / "dumps"
+    with tarfile.open(DATA / "dumps_h200" / "qwen3_30b_a3b_c.tar.xz") as packed:
+        packed.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One Prefect server with a temporary database for all flow tests."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
