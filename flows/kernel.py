@@ -47,8 +47,7 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]
     except Exception as error:
         known = isinstance(error, OnboardError)
         message = str(error) if known else f"unexpected {type(error).__name__}: {error}"
-        kept = manifest.load(path).kernel(name).model_dump(exclude_unset=True)
-        manifest.update_kernel(path, name, **{**kept, "error": message})
+        manifest.record_error(path, name, message)
         raise
     run = manifest.load(path)
     state = run.state(run.kernel(name))

@@ -245,6 +245,15 @@ def update_kernel(path: Path, definition_name: str, **fields: Any) -> KernelEntr
     return update(path, change).kernel(definition_name)
 
 
+def record_error(path: Path, definition_name: str, message: str) -> None:
+    """Record why a kernel's step failed; what it had done before stays done."""
+
+    def change(manifest: RunManifest) -> None:
+        manifest.kernel(definition_name).error = message
+
+    update(path, change)
+
+
 def record_pull_request(path: Path, definition_name: str, **urls: str) -> None:
     """Record the URL of a pull request in `phase4`, keeping its sibling's."""
 

@@ -45,8 +45,8 @@ class KernelSpec(BaseModel):
     ep: tuple[int, ...] = ()
     scalars: dict[str, Scalar] = {}
     """Scalar inputs that no dump carries, from the model config."""
-    constants: dict[str, float] = {}
-    """Values baked into the reference (a norm's epsilon)."""
+    constants: dict[str, int | float] = {}
+    """Values baked into the reference (a norm's epsilon, a router's groups)."""
     origin: tuple[str, ...] = ()
     """The formula and the serving configuration it came from."""
 

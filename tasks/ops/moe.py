@@ -199,7 +199,7 @@ class FusedMoe(OpModule):
             "intermediate_size": moe.intermediate_size,
             "top_k": moe.top_k,
         }
-        constants: dict[str, float] = {}
+        constants: dict[str, int | float] = {}
         name = f"{_KERNELS[variant].api}_topk{moe.top_k}_{shape}"
         if variant == "fp8_block_scale":
             routing = f"renorm_topk{moe.top_k}"

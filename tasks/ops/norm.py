@@ -133,7 +133,7 @@ class RmsNorm(OpModule):
 
     def definition(self, spec: KernelSpec) -> Json:
         """RMSNorm, y = x / sqrt(mean(x^2) + eps) * weight, computed in float32."""
-        hidden, eps = spec.axes["hidden_size"], f"{spec.constants['eps']:g}"
+        hidden, eps = spec.axes["hidden_size"], repr(spec.constants["eps"])
         shape = ["batch_size", "hidden_size"]
         fused = spec.variant == "fused_add_rmsnorm"
         inputs = {"hidden_states": tensor(shape, "bfloat16", "Input, one row per token.")}
@@ -184,4 +184,4 @@ class RmsNorm(OpModule):
     def baseline(self, spec: KernelSpec) -> str:
         """Wrap the FlashInfer function."""
         source = _FUSED_BASELINE if spec.variant == "fused_add_rmsnorm" else _RMSNORM_BASELINE
-        return source.format(eps=f"{spec.constants['eps']:g}")
+        return source.format(eps=repr(spec.constants["eps"]))

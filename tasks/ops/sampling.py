@@ -63,8 +63,8 @@ _TOP_P = """\
             continue
         if p < 1.0:
             values, order = torch.sort(row, descending=True)
-            # A token stays while the tokens before it have not yet reached p.
-            stays = torch.cumsum(values, dim=0) - values <= p
+            # A token stays while those before it have not yet reached p, as FlashInfer counts.
+            stays = torch.cumsum(values, dim=0) - values < p
             filtered = torch.zeros_like(row)
             filtered[order[stays]] = values[stays]
             row = filtered / filtered.sum()

@@ -106,7 +106,7 @@ def test_update_of_one_kernel_changes_nothing_else(path: Path) -> None:
 
 
 def test_error_is_recorded_and_cleared_by_the_next_success(path: Path) -> None:
-    manifest.update_kernel(path, "rmsnorm_h128", error="it broke")
+    manifest.record_error(path, "rmsnorm_h128", "it broke")
     run = manifest.load(path)
     assert run.state(run.kernel("rmsnorm_h128")) == "failed"
     manifest.update_kernel(path, "rmsnorm_h128", phase2_status="done")

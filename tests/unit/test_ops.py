@@ -24,8 +24,8 @@ LAST_PAGE_LEN_TOO_LONG = {
     f"gqa_paged_prefill_causal_{heads}_d128_ps64"
     for heads in ("h16_kv1", "h16_kv2", "h20_kv4", "h24_kv4", "h24_kv8", "h32_kv16")
 }
-"""Published with kv_last_page_len of length len_indptr; their siblings, and FlashInfer, have one per
-sequence."""
+"""Published with kv_last_page_len of length len_indptr; their siblings, and FlashInfer, have one
+per sequence."""
 CONFIGS = sorted((DATA / "configs").glob("*.json"))
 
 

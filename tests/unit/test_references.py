@@ -21,7 +21,7 @@ from tasks.ops import op_module
 from tasks.ops.base import Json, KernelSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 torch = pytest.importorskip("torch")
 
@@ -186,12 +186,12 @@ def run_reference(spec: KernelSpec, inputs: Mapping[str, Any]) -> tuple[Tensor, 
     return outputs
 
 
-def random(shape: Sequence[int], generator: Any, dtype: str = "bfloat16") -> Tensor:
+def random(shape: Sequence[int], generator: Generator, dtype: str = "bfloat16") -> Tensor:
     """Normally distributed values."""
     return torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
 
 
-def seeded(seed: int) -> Any:
+def seeded(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -288,7 +288,7 @@ def check_attention(
 
 
 def paged_cache(
-    keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int, generator: Any
+    keys: Sequence[Tensor], values: Sequence[Tensor], page_size: int, generator: Generator
 ) -> dict[str, Any]:
     """Lay sequences out over shuffled pages; slots that no token has are NaN, and not to be read.
 
@@ -440,7 +440,7 @@ def check_experts(got: Tensor, expected: Tensor) -> None:
     assert_close(got, expected, BFLOAT16, ACCUMULATION * expected.abs().max().item())
 
 
-def distinct_logits(experts: int, generator: Any) -> Tensor:
+def distinct_logits(experts: int, generator: Generator) -> Tensor:
     """Router logits exact in bfloat16 and different from each other, so that top-k is unique."""
     rows = [torch.randperm(experts, generator=generator) for _ in range(TOKENS)]
     return ((torch.stack(rows) - experts / 2) / 4).to(torch.bfloat16)
@@ -450,7 +450,7 @@ def array(value: Tensor) -> np.ndarray:
     return value.double().numpy()
 
 
-def fp8_block_inputs(local: int, generator: Any) -> dict[str, Tensor]:
+def fp8_block_inputs(local: int, generator: Generator) -> dict[str, Tensor]:
     """Everything but the routing, with a scale of its own for each block."""
 
     def scales(*shape: int) -> Tensor:
@@ -510,7 +510,7 @@ def test_moe_fp8_block_scale_deepseek(groups: tuple[int, int], offset: int) -> N
     check_experts(output, fp8_block_expected(inputs, own))
 
 
-def fp4_inputs(generator: Any) -> dict[str, Tensor]:
+def fp4_inputs(generator: Generator) -> dict[str, Tensor]:
     return {
         "hidden_states": random((TOKENS, HIDDEN), generator),
         "gemm1_weights": random((8, 2 * WIDTH, HIDDEN), generator, "float32") / 8,
@@ -690,7 +690,7 @@ def lightning(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, T
     return output.transpose(0, 1), final
 
 
-def lightning_inputs(rows: int, sequences: int, generator: Any) -> dict[str, Tensor]:
+def lightning_inputs(rows: int, sequences: int, generator: Generator) -> dict[str, Tensor]:
     return {
         **{name: random((rows, 3, 16), generator) for name in "qkv"},
         "state": 4 * random((sequences, 3, 16, 16), generator, "float32"),
