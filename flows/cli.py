@@ -144,7 +144,6 @@ def _run(request: OnboardRequest, ui: bool) -> int:
     from flows.embedded import prefect_server
     from flows.progress import Progress
 
-    console = Console()
     started = time.monotonic()
     with prefect_server(request.workspace) as url:
         from flows.onboard import Outcome, onboard_model
@@ -154,12 +153,8 @@ def _run(request: OnboardRequest, ui: bool) -> int:
         from tasks.step import phase_seconds
 
         started_server = time.monotonic()
-        console.print(
-            f"Onboarding {request.model_name} in {request.workspace}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        with Progress(request.workspace, request.model_name, console):
+        typer.echo(f"Onboarding {request.model_name} in {request.workspace}")
+        with Progress(request.workspace, request.model_name, Console()):
             state = onboard_model(request, return_state=True)
         result = state.result(raise_on_failure=False)
         if isinstance(result, OnboardError):
@@ -167,24 +162,21 @@ def _run(request: OnboardRequest, ui: bool) -> int:
         if not isinstance(result, Outcome):
             raise OnboardError(f"the run ended {state.name}: {state.message}")
         report = Report(manifest.load(result.manifest), result.manifest)
-        _print_report(report, console)
+        _print_report(report)
         worked = len(result.worked_on)
-        console.print(
+        typer.echo(
             f"Work: {worked} of {len(report.run.kernels)} kernels had something left to do"
             if worked
             else "Work: nothing was left to do, nothing was done twice"
         )
         spent = ", ".join(f"phase {n} {s:.1f} s" for n, s in phase_seconds().items())
-        console.print(
+        typer.echo(
             f"Time: server {started_server - started:.1f} s, {spent}, "
-            f"in all {time.monotonic() - started:.1f} s",
-            highlight=False,
+            f"in all {time.monotonic() - started:.1f} s"
         )
-        console.print(
-            f"Outbox: {load_settings(request.workspace).outbox}", highlight=False, soft_wrap=True
-        )
+        typer.echo(f"Outbox: {load_settings(request.workspace).outbox}")
         if ui:
-            console.print(f"Prefect UI: {url.removesuffix('/api')} (Ctrl-C to end)")
+            typer.echo(f"Prefect UI: {url.removesuffix('/api')} (Ctrl-C to end)")
             _until_interrupted()
     return report.exit_code
 
@@ -198,7 +190,8 @@ def _until_interrupted() -> None:
         return
 
 
-def _print_report(report: Report, console: Any) -> None:
+def _print_report(report: Report) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     from tasks.manifest import Route
@@ -210,45 +203,37 @@ def _print_report(report: Report, console: Any) -> None:
     for row in rows:
         table.add_row(*row.values())
     # Never squeezed: a pipe gets whole lines, a narrow terminal wraps them.
-    type(console)(width=max(console.width, _TABLE_WIDTH)).print(table)
+    console = Console()
+    Console(width=max(console.width, _TABLE_WIDTH)).print(table)
     for entry in report.run.kernels:
         if entry.error:
-            console.print(f"failed: {entry.error}", style="red", highlight=False, soft_wrap=True)
+            typer.secho(f"failed: {entry.error}", fg="red")
         elif report.run.state(entry) == "waiting":
-            console.print(
-                f"waiting: {entry.definition_name} for {entry.sglang_pr_url}", soft_wrap=True
-            )
+            typer.echo(f"waiting: {entry.definition_name} for {entry.sglang_pr_url}")
         elif entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
-            console.print(
-                f"requested: {entry.definition_name}: {entry.fi_issue_url}", soft_wrap=True
-            )
+            typer.echo(f"requested: {entry.definition_name}: {entry.fi_issue_url}")
     extra = report.run.model_extra or {}
     for item in extra.get("not_produced", []):
-        console.print(
-            f"not produced: {item['what']}: {item['reason']}", highlight=False, soft_wrap=True
-        )
-    console.print(f"Report: {report.counts}", highlight=False, soft_wrap=True)
-    console.print(f"Manifest: {report.path}", highlight=False, soft_wrap=True)
+        typer.echo(f"not produced: {item['what']}: {item['reason']}")
+    typer.echo(f"Report: {report.counts}")
+    typer.echo(f"Manifest: {report.path}")
 
 
 def _dry_run(request: OnboardRequest) -> int:
     """Take the inventory in a temporary folder and say what a run would do."""
-    from rich.console import Console
-
     from flows.rehearsal import rehearse
     from flows.report import Report
     from tasks.request import remaining_steps
 
-    console = Console()
     with tempfile.TemporaryDirectory(prefix="onboard-dry-run-") as folder:
-        run, path = rehearse(request, Path(folder), console.print)
+        run, path = rehearse(request, Path(folder), typer.echo)
     report = Report(run, path)
-    _print_report(report, console)
-    console.print("Would do:")
+    _print_report(report)
+    typer.echo("Would do:")
     for entry in run.kernels:
         steps = remaining_steps(run, entry, request)
         if steps:
-            console.print(f"  {entry.definition_name}: {', '.join(step.value for step in steps)}")
+            typer.echo(f"  {entry.definition_name}: {', '.join(step.value for step in steps)}")
     return 0
 
 
@@ -265,8 +250,6 @@ def status(
     workspace: Workspace = None,
 ) -> int:
     """Show where every kernel of a run stands; the exit code is the run's."""
-    from rich.console import Console
-
     from flows.report import Report
     from tasks import manifest, settings
 
@@ -293,7 +276,7 @@ def status(
         typer.echo(json.dumps(shown, indent=2))
     else:
         for report in reports:
-            _print_report(report, Console())
+            _print_report(report)
     codes = {report.exit_code for report in reports}
     return 1 if 1 in codes else max(codes)
 

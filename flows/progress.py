@@ -77,7 +77,7 @@ class Progress:
         elif self._seen is not None:
             for name, state in states.items():
                 if state not in ("existing", self._seen.get(name, "new")):
-                    self._console.print(f"  {name}: {state}", highlight=False)
+                    self._console.print(f"  {name}: {state}", highlight=False, soft_wrap=True)
         self._seen = states
 
 

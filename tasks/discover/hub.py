@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from tasks.errors import ConfigError, InputError
@@ -25,10 +26,9 @@ def fetch_config(repo_id: str, settings: Settings) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.utils import logging
 
     # Its retries are warnings; what comes of them is our error.
-    logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     otherwise = "give the file itself with --config FILE"
     try:

@@ -7,8 +7,11 @@ fails leaves the clone as it was, and the commit in hand is used with a warning.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from tasks import git
 from tasks.errors import InputError, RemoteError
@@ -32,12 +35,10 @@ class Checkout:
 
 
 def _clone(name: str, url: str, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.cloning")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
+    # A name of its own: a git that outlived a killed run may still write to the last one.
+    for stale in path.parent.glob(f".{path.name}.cloning-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.cloning-"))
     source = Path(url).as_uri() if Path(url).is_absolute() else url
     try:
         git.git(
@@ -50,14 +51,13 @@ def _clone(name: str, url: str, path: Path) -> None:
             str(unfinished),
         )
         git.git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=unfinished)
+        unfinished.chmod(0o755)
         unfinished.rename(path)
     except git.GitError as error:
         raise RemoteError(
             f"remote {name}: {git.redact(url)} cannot be cloned and {path} does not exist "
             f"({error}); set it with ONBOARD_REMOTES__{name.upper()} or in onboard.toml"
         ) from error
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -68,10 +68,16 @@ def _advance(path: Path) -> str | None:
         git.git("fetch", "--quiet", "--no-recurse-submodules", "origin", "HEAD", cwd=path)
     except git.GitError as error:
         return f"cannot be updated ({error}); using the commit in hand"
-    try:
-        git.git("checkout", "--quiet", "--detach", "FETCH_HEAD", cwd=path)
-    except git.GitError as error:
-        return f"local changes are in the way of the newest commit ({error}); using the one in hand"
+    arriving = set(
+        git.git("ls-tree", "-r", "--name-only", "-z", "FETCH_HEAD", cwd=path).split("\0")
+    )
+    untracked = git.git("ls-files", "--others", "-z", cwd=path).split("\0")
+    in_the_way = sorted(name for name in untracked if name and name in arriving)
+    if in_the_way:
+        return f"{in_the_way[0]} is here and in the newest commit too; using the commit in hand"
+    # We hold the clone's lock, and nobody edits tracked files: what differs is of a killed update.
+    (path / ".git" / "index.lock").unlink(missing_ok=True)
+    git.git("checkout", "--quiet", "--force", "--detach", "FETCH_HEAD", cwd=path)
     return None
 
 
@@ -83,6 +89,16 @@ def update(name: str, url: str, path: Path) -> Checkout:
         InputError: `url` is no remote, or the workspace cannot be written.
     """
     git.check_remote(name, url)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Runs of several models share the clones.
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            return _update(name, url, path)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror})") from error
+
+
+def _update(name: str, url: str, path: Path) -> Checkout:
     if not (path / ".git").exists():
         if path.exists() and any(path.iterdir()):
             raise InputError(f"{path}: exists and is no git clone; move it away")

@@ -110,7 +110,7 @@ def test_remote_that_does_not_exist(sample: Path, prefect_home: Path, tmp_path: 
     assert "cannot be cloned" in line
     assert not (workspace / "sglang").exists()
     assert not list(workspace.glob("onboard_*.json"))
-    assert not [p for p in workspace.iterdir() if p.name.endswith(".cloning")]
+    assert not [p for p in workspace.iterdir() if ".cloning" in p.name]
 
 
 def test_read_only_workspace(tmp_path: Path) -> None:

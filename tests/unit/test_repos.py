@@ -65,7 +65,7 @@ def test_offline_with_a_clone_is_a_warning(tmp_path: Path) -> None:
 def test_offline_without_a_clone_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match="remote sglang: .*cannot be cloned.*ONBOARD_REMOTES"):
         clone.update("sglang", str(tmp_path / "none"), tmp_path / "workspace" / "sglang")
-    assert list((tmp_path / "workspace").iterdir()) == []
+    assert [p.name for p in (tmp_path / "workspace").iterdir()] == [".sglang.lock"]
 
 
 def test_empty_remote_is_an_error(tmp_path: Path) -> None:
@@ -85,7 +85,20 @@ def test_staged_files_survive_an_update_that_would_overwrite_them(tmp_path: Path
     assert (path / "b.txt").read_text() == "ours"
     assert kept.sha == sha
     assert kept.warning is not None
-    assert "local changes" in kept.warning
+    assert "b.txt is here and in the newest commit too" in kept.warning
+
+
+def test_update_repairs_what_a_killed_one_left(tmp_path: Path) -> None:
+    remote, path = tmp_path / "remote", tmp_path / "clone"
+    commit(remote, "a.txt", "1")
+    clone.update("sglang", str(remote), path)
+    newest = commit(remote, "a.txt", "2")
+    (path / "a.txt").write_text("half")
+    (path / ".git" / "index.lock").write_text("")
+    (path / "staged.json").write_text("ours")
+    assert clone.update("sglang", str(remote), path).sha == newest
+    assert (path / "a.txt").read_text() == "2"
+    assert (path / "staged.json").read_text() == "ours"
 
 
 @pytest.mark.parametrize(
