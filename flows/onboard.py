@@ -62,9 +62,11 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     """
     shas = update_sources(request)
     today = dt.datetime.now(tz=dt.UTC).date()
-    path = manifest.open_for(request.workspace, request.model_name, request.hf_repo_id, today)
+    path = manifest.locate(request.workspace, request.model_name, request.hf_repo_id, today)
     if 1 in request.phases:
-        discover_kernels(request, shas, path)
+        discover_kernels(request, shas, path, today)
+    elif not path.exists():
+        raise InputError(f"{path}: there is no manifest yet; run phase 1 first")
     run = manifest.load(path)
     todo = {
         entry.definition_name: steps

@@ -321,16 +321,15 @@ def check_same_model(run: RunManifest, path: Path, model_slug: str, hf_repo_id: 
         )
 
 
-def open_for(workspace: Path, model_slug: str, hf_repo_id: str | None, today: dt.date) -> Path:
-    """Return the model's manifest to continue, or create today's.
+def locate(workspace: Path, model_slug: str, hf_repo_id: str | None, today: dt.date) -> Path:
+    """Return where the model's manifest is, or where today's would be.
 
     Raises:
         ManifestError: the manifest in the workspace is damaged or another model's.
     """
     path = latest(workspace, model_slug)
     if path is None:
-        path = workspace / file_name(model_slug, today)
-        create(path, RunManifest(model_slug=model_slug, hf_repo_id=hf_repo_id, date=today))
+        return workspace / file_name(model_slug, today)
     check_same_model(load(path), path, model_slug, hf_repo_id)
     return path
 

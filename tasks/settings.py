@@ -59,7 +59,6 @@ class Settings(BaseSettings):
     hf_endpoint: str | None = None
     hf_token: SecretStr | None = None
     gpu_memory_gb: float = Field(default=141.0, gt=0, description="Memory of one GPU, in GB.")
-    parallel_kernels: int = Field(default=4, ge=1, le=256)
 
     @classmethod
     def settings_customise_sources(

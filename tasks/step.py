@@ -1,9 +1,10 @@
 """`step`: a Prefect task as this project makes them, in one place.
 
 Every step is tagged with its phase, keeps its result as JSON, and is not repeated within a flow
-run: the cache key is its inputs and the run's id. Prefect's default key also has the task's source,
-so a run that waited over a redeployment would repeat what it had done. A new run asks the manifest
-instead.
+run: the cache key is the step's name, its inputs and the run's id. Prefect's default key has the
+task's source instead of its name, so a run that waited over a redeployment would repeat what it had
+done; without either, two steps with equal inputs would take each other's results. A new run asks
+the manifest instead.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
-from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID
+from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID, CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _name(context: TaskRunContext, _: dict[str, Any]) -> str:
+    return context.task.name
+
+
+_ONCE_PER_RUN = CachePolicy.from_cache_key_fn(_name) + INPUTS + RUN_ID
 
 _Span = tuple[dt.datetime, dt.datetime]
 _spans: defaultdict[int, list[_Span]] = defaultdict(list)
@@ -47,7 +56,7 @@ def step(
             description=description,
             task_run_name=run_name,
             tags=[f"phase:{phase}"],
-            cache_policy=INPUTS + RUN_ID if once else NO_CACHE,
+            cache_policy=_ONCE_PER_RUN if once else NO_CACHE,
             persist_result=once,
             on_completion=[note],
             on_failure=[note],

@@ -24,10 +24,8 @@ def _draft_path(drafts: Path, name: str) -> Path:
 def draft_definitions(entries: Sequence[KernelEntry], model_slug: str, drafts: Path) -> None:
     """Draft all entries in one child process, one file each in `drafts`.
 
-    A kernel that cannot be drafted gets a file with its `error`.
-
-    Raises:
-        DefinitionError: the child itself failed; the text has its last lines.
+    A kernel that cannot be drafted gets a file with its `error`; all of them, with the child's last
+    lines, where the child itself failed.
     """
     request = {
         "model_slug": model_slug,
@@ -44,9 +42,12 @@ def draft_definitions(entries: Sequence[KernelEntry], model_slug: str, drafts: P
             memory_gb=_MEMORY_GB,
             cwd=Path(folder),
         )
-        if not outcome.ok:
-            raise DefinitionError(f"drafting definitions: the child process {outcome.reason}")
-        result = files.read_json_object(answered, "the drafts")
+        if outcome.ok:
+            result = files.read_json_object(answered, "the drafts")
+        else:
+            failed = {"error": f"drafting: the child process {outcome.reason}"}
+            kernels = {entry.definition_name: failed for entry in entries}
+            result = {"versions": {}, "kernels": kernels}
     for name, draft in result["kernels"].items():
         files.write_json(_draft_path(drafts, name), {**draft, "versions": result["versions"]})
 

@@ -19,11 +19,7 @@ from tasks.step import step
     once=False,
 )
 def draft(path: Path, names: list[str]) -> None:
-    """Draft the definitions of several kernels.
-
-    Raises:
-        DefinitionError: the child process failed.
-    """
+    """Draft the definitions of several kernels; what failed is reported when they are staged."""
     run = manifest.load(path)
     drafts = settings.load_settings(path.parent).drafts(run.model_slug)
     draft_definitions([run.kernel(name) for name in names], run.model_slug, drafts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -19,8 +20,12 @@ from tasks.step import step
     "Compute the kernels the model needs, classify them, merge them into the manifest.",
     once=False,
 )
-def discover_kernels(request: OnboardRequest, shas: dict[str, str], path: Path) -> bool:
+def discover_kernels(
+    request: OnboardRequest, shas: dict[str, str], path: Path, today: dt.date
+) -> bool:
     """Run phase 1 and record it; return whether anything differs from what was recorded.
+
+    The manifest is created once there is something to record.
 
     Raises:
         InputError: the config, a clone or the manifest is wrong.
@@ -30,6 +35,8 @@ def discover_kernels(request: OnboardRequest, shas: dict[str, str], path: Path) 
     clones = {name: options.clone(name) for name in shas}
     cache = request.workspace / ".cache" / "sources"
     found = inventory(request, clones, shas, cache, options)
+    empty = RunManifest(model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today)
+    manifest.create(path, empty)
     known = (manifest.load(path).model_extra or {}).get("phase1_fingerprint")
     if known == found.fingerprint and not request.refresh:
         manifest.update(path, lambda run: setattr(run, "repo_shas", RepoShas(**shas)))

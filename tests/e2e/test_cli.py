@@ -97,8 +97,14 @@ def test_unknown_architecture(workspace: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "field architectures: 'NobodyKnowsForCausalLM' is unknown" in line
-    run = json.loads(next(workspace.glob("onboard_*.json")).read_text())
-    assert run.get("kernels", []) == []
+    assert not list(workspace.glob("onboard_*.json"))
+
+
+def test_later_phases_need_an_earlier_run(workspace: Path) -> None:
+    done = onboard("run", *QWEN, "--workspace", workspace, "--phases", "2,3")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "there is no manifest yet; run phase 1 first" in line
 
 
 def test_remote_that_does_not_exist(sample: Path, prefect_home: Path, tmp_path: Path) -> None:

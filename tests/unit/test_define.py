@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks import ops, sandbox
-from tasks.define import repair
+from tasks.define import draft, repair
 from tasks.define.check import check_definition
 from tasks.define.draft import draft_definitions, stage_definition
 from tasks.errors import DefinitionError, InputError
@@ -203,6 +203,17 @@ def test_one_bad_kernel_does_not_stop_the_others(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match="axes.N: const value -1"):
         stage_definition(bad, tmp_path, tmp_path / "dataset")
     assert len(list((tmp_path / "dataset").rglob("*.json"))) == 1
+
+
+def test_a_child_that_fails_is_every_kernels_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft, "_MEMORY_GB", 0.001)
+    kernels = entries("Qwen--Qwen3-30B-A3B")[:2]
+    draft_definitions(kernels, "m", tmp_path)
+    for entry in kernels:
+        with pytest.raises(DefinitionError, match="drafting: the child process"):
+            stage_definition(entry, tmp_path, tmp_path / "dataset")
 
 
 def test_model_with_another_epsilon_does_not_take_the_template() -> None:

@@ -199,18 +199,20 @@ def test_merge_keeps_what_later_phases_wrote_unless_refreshed(path: Path) -> Non
     assert run.phase4 == {}
 
 
-def test_open_for_continues_the_newest_manifest_and_refuses_another_models(
+def test_locate_continues_the_newest_manifest_and_refuses_another_models(
     path: Path, tmp_path: Path
 ) -> None:
     today = dt.date(2026, 11, 20)
-    assert manifest.open_for(tmp_path, "qwen3-235b-a22b", None, today) == path
+    assert manifest.locate(tmp_path, "qwen3-235b-a22b", None, today) == path
     with pytest.raises(ManifestError, match="hf_repo_id.*'Qwen/Qwen3-235B-A22B'.*'other/model'"):
-        manifest.open_for(tmp_path, "qwen3-235b-a22b", "other/model", today)
-    made = manifest.open_for(tmp_path, "llama", "meta-llama/x", today)
+        manifest.locate(tmp_path, "qwen3-235b-a22b", "other/model", today)
+    made = manifest.locate(tmp_path, "llama", "meta-llama/x", today)
     assert made.name == "onboard_llama_20261120.json"
+    assert not made.exists()
+    manifest.create(made, RunManifest(model_slug="llama", hf_repo_id=None, date=today))
     assert json.loads(made.read_text()) == {
         "model_slug": "llama",
-        "hf_repo_id": "meta-llama/x",
+        "hf_repo_id": None,
         "date": "2026-11-20",
     }
 
