@@ -212,9 +212,8 @@ def _print_report(report: Report) -> None:
             typer.echo(f"waiting: {entry.definition_name} for {entry.sglang_pr_url}")
         elif entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
             typer.echo(f"requested: {entry.definition_name}: {entry.fi_issue_url}")
-    extra = report.run.model_extra or {}
-    for item in extra.get("not_produced", []):
-        typer.echo(f"not produced: {item['what']}: {item['reason']}")
+    for item in report.not_produced:
+        typer.echo(f"not produced: {item}")
     typer.echo(f"Report: {report.counts}")
     typer.echo(f"Manifest: {report.path}")
 

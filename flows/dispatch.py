@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import get_client, task
+from prefect import get_client, tags, task
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
@@ -29,14 +29,16 @@ _POLL_SECONDS = 2
     task_run_name="{name}",
     description="Run one kernel's flow; its failure is recorded and stops no other kernel.",
 )
-def start_kernel(request: OnboardRequest, path: Path, name: str) -> str:
-    """Run `onboard-kernel` and return the name of the state it ended in."""
-    state: State[Any]
+def start_kernel(request: OnboardRequest, path: Path, name: str) -> State[Any]:
+    """Run `onboard-kernel`; this task ends in the state that run ended in."""
     if deployment.id:
-        state = _run_deployed(request, path, name)
-    else:
-        state = onboard_kernel(request, path, name, return_state=True)
-    return state.name or state.type.value
+        return _run_deployed(request, path, name)
+    with tags(*_tags(request, name)):
+        return onboard_kernel(request, path, name, return_state=True)
+
+
+def _tags(request: OnboardRequest, name: str) -> list[str]:
+    return [f"model:{request.model_name}", f"kernel:{name}"]
 
 
 def _run_deployed(request: OnboardRequest, path: Path, name: str) -> State[Any]:
@@ -51,7 +53,7 @@ def _run_deployed(request: OnboardRequest, path: Path, name: str) -> State[Any]:
             "path": str(path),
             "name": name,
         },
-        tags=[f"model:{request.model_name}", f"kernel:{name}"],
+        tags=_tags(request, name),
         idempotency_key=f"{flow_run.id}:{name}",
         as_subflow=False,
         timeout=0,

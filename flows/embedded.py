@@ -36,6 +36,7 @@ _ONE_COMMAND = {
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
 }
+_NO_PROXY = ("NO_PROXY", "no_proxy")
 _CLIENT = {
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -103,6 +104,7 @@ def prefect_server(workspace: Path, port: int | None = None) -> Iterator[str]:
         "PREFECT_HOME": str(folder),
         "PREFECT_LOCAL_STORAGE_PATH": str(folder / "storage"),
         "PREFECT_API_URL": url,
+        **{name: ",".join(filter(None, (os.environ.get(name), "127.0.0.1"))) for name in _NO_PROXY},
     }
     database = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
     try:

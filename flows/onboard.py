@@ -63,6 +63,8 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     shas = update_sources(request)
     today = dt.datetime.now(tz=dt.UTC).date()
     path = manifest.locate(request.workspace, request.model_name, request.hf_repo_id, today)
+    if path.exists():
+        manifest.clear_errors(path)
     if 1 in request.phases:
         discover_kernels(request, shas, path, today)
     elif not path.exists():
@@ -77,12 +79,25 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     undefined = [name for name, steps in todo.items() if Step.DEFINE in steps]
     if undefined:
         draft(path, undefined)
-    wait(start_kernel.map(unmapped(request), unmapped(path), list(todo)))
+    started = start_kernel.map(unmapped(request), unmapped(path), list(todo))
+    wait(started)
+    for name, future in zip(todo, started, strict=True):
+        account_for(path, name, future.state)
     result = report(path)
     outcome = Outcome(manifest=path, worked_on=list(todo))
     if result.exit_code == 1:
         return Failed(message=result.counts, data=outcome)
     return Completed(message=result.counts, data=outcome)
+
+
+def account_for(path: Path, name: str, state: State[Any]) -> None:
+    """See that a kernel whose run did not complete has an error in the manifest.
+
+    A run records its own; one that was killed, cancelled or never started could not.
+    """
+    accounted = state.is_completed() or state.is_paused()
+    if not accounted and not manifest.load(path).kernel(name).error:
+        manifest.record_error(path, name, f"{name}: its run ended {state.name}: {state.message}")
 
 
 def update_sources(request: OnboardRequest) -> dict[str, str]:

@@ -33,6 +33,13 @@ class Report:
             return 1
         return 3 if self.states["waiting"] else 0
 
+    @property
+    def not_produced(self) -> list[str]:
+        """Return what phase 1 found no definition for, with the reasons."""
+        items = (self.run.model_extra or {}).get("not_produced")
+        known = [i for i in items if isinstance(i, dict)] if isinstance(items, list) else []
+        return [f"{item.get('what')}: {item.get('reason')}" for item in known]
+
     def row(self, entry: KernelEntry) -> dict[str, str]:
         """Return one kernel's line of the inventory."""
         template = {True: "yes", False: "no", None: "-"}[entry.fi_trace_template]
@@ -73,8 +80,6 @@ class Report:
                 f"| `{entry.definition_name}` | {self.run.state(entry)} | {rows} | {links} | "
                 f"{reason} |"
             )
-        extra = self.run.model_extra or {}
-        left_out = [f"- {item['what']}: {item['reason']}" for item in extra.get("not_produced", [])]
-        if left_out:
-            lines += ["", "Not produced:", *left_out]
+        if self.not_produced:
+            lines += ["", "Not produced:", *(f"- {item}" for item in self.not_produced)]
         return "\n".join(lines) + "\n"

@@ -14,13 +14,16 @@ from flows.kernel import onboard_kernel
 from flows.onboard import onboard_model
 
 LIMIT = 8
-"""Flow runs at a time, parents included; a parent that waits for its kernels is one of them."""
+"""Flow runs at a time. Half of them may be models, which wait for their kernels' runs."""
 
 
-def _deployment(flow: Flow[Any, Any]) -> RunnerDeployment:
+def _deployment(flow: Flow[Any, Any], limit: int | None = None) -> RunnerDeployment:
     """Return a flow's deployment, of the flow's own name, found by import and not by file."""
     made = flow.to_deployment(
-        name=flow.name, tags=["onboard"], entrypoint_type=EntrypointType.MODULE_PATH
+        name=flow.name,
+        tags=["onboard"],
+        concurrency_limit=limit,
+        entrypoint_type=EntrypointType.MODULE_PATH,
     )
     return cast("RunnerDeployment", made)  # a coroutine only where there is an event loop
 
@@ -29,7 +32,7 @@ def serve_flows(workspace: Path) -> None:
     """Serve until interrupted; runs that name no workspace use `workspace`."""
     os.environ["ONBOARD_WORKSPACE"] = str(workspace)
     serve(
-        _deployment(onboard_model),
+        _deployment(onboard_model, LIMIT // 2),
         _deployment(onboard_kernel),
         limit=LIMIT,
         pause_on_shutdown=False,

@@ -79,8 +79,14 @@ def read_json_object(path: Path, what: str, error: type[InputError] = InputError
         raise error(f"{path}: {what} cannot be read ({cause.strerror})") from cause
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as cause:
+    except (ValueError, RecursionError) as cause:
         raise error(f"{path}: {what} is not JSON ({cause})") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: {what} is a JSON {type(value).__name__}, expected an object")
+    if "\\ud" in text.lower():
+        # A lone surrogate is valid JSON and no valid text; it could not be written back.
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as cause:
+            raise error(f"{path}: {what} has a string that is not Unicode text") from cause
     return value

@@ -15,8 +15,17 @@ from pathlib import Path
 
 from tasks.errors import InputError, OnboardError
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_HARDENING = ("-c", "protocol.ext.allow=never", "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@|\?\S*")
+_OWN_CONFIG = {
+    "protocol.ext.allow": "never",
+    "core.hooksPath": "/dev/null",
+    "core.excludesFile": "/dev/null",
+    "core.autocrlf": "false",
+    "commit.gpgSign": "false",
+    "gc.auto": "0",
+}
+"""What must not depend on the user's git configuration."""
+_HARDENING = [part for key, value in _OWN_CONFIG.items() for part in ("-c", f"{key}={value}")]
 AUTHOR = {
     "GIT_AUTHOR_NAME": "fib-onboard",
     "GIT_AUTHOR_EMAIL": "fib-onboard@localhost",
@@ -30,7 +39,7 @@ class GitError(OnboardError):
 
 
 def redact(text: str) -> str:
-    """Remove user names and passwords from the URLs in `text`."""
+    """Remove user names, passwords and query strings from the URLs in `text`."""
     return _CREDENTIALS.sub("", text)
 
 

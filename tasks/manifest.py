@@ -142,8 +142,8 @@ class RunManifest(BaseModel):
         """Say in a word or two how far a kernel has come; derived, never stored."""
         pulls = self.phase4.get(entry.definition_name, PullRequests())
         facts = {
-            "failed": entry.error,
             "existing": entry.route is Route.NOTHING,
+            "failed": entry.error,
             "published": pulls.flashinfer_trace_pr and pulls.flashinfer_bench_pr,
             "waiting": entry.route is Route.AWAIT_SGLANG and entry.sglang_pr_url,
             "collected": entry.phase3_status == DONE,
@@ -254,6 +254,19 @@ def record_error(path: Path, definition_name: str, message: str) -> None:
     update(path, change)
 
 
+def clear_errors(path: Path) -> None:
+    """Forget why steps failed: the run that begins finds out again."""
+
+    def change(manifest: RunManifest) -> None:
+        manifest.kernels = [
+            KernelEntry.model_validate(entry.model_dump(exclude_unset=True, exclude={"error"}))
+            for entry in manifest.kernels
+        ]
+
+    if any(entry.error for entry in load(path).kernels):
+        update(path, change)
+
+
 def record_pull_request(path: Path, definition_name: str, **urls: str) -> None:
     """Record the URL of a pull request in `phase4`, keeping its sibling's."""
 
@@ -281,12 +294,16 @@ PHASE1_FIELDS = frozenset(
 )
 
 
+_DEFINITION_ALONE = frozenset({Route.REQUEST_KERNEL, Route.DEFINITION_ONLY})
+
+
 def merge_discovery(
     manifest: RunManifest, discovered: list[KernelEntry], *, refresh: bool = False
 ) -> None:
     """Merge what phase 1 found into a manifest.
 
-    Phase 1's own fields are replaced; what later phases wrote is kept, unless `refresh`. A kernel
+    Phase 1's own fields are replaced; what later phases wrote is kept, unless `refresh`, or unless
+    the kernel was published without workloads and can be collected from now. A kernel
     that discovery no longer names is kept too when a later phase has touched it (its work is not
     lost), and dropped when nothing but phase 1 ever wrote about it.
     """
@@ -295,6 +312,10 @@ def merge_discovery(
     for found in discovered:
         old = known.pop(found.definition_name, None)
         later = old.model_dump(exclude_unset=True, exclude=set(PHASE1_FIELDS)) if old else {}
+        if old and old.route in _DEFINITION_ALONE and found.route is not old.route:
+            # It was published as a definition alone; now there is more to it.
+            later = {key: value for key, value in later.items() if not key.startswith("phase")}
+            manifest.phase4.pop(found.definition_name, None)
         merged.append(KernelEntry.model_validate({**found.model_dump(exclude_unset=True), **later}))
     merged += [
         entry

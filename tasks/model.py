@@ -12,6 +12,8 @@ from tasks import files
 from tasks.errors import ConfigError
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_SCORING = {"llama4": "sigmoid", "llama4_text": "sigmoid", "nemotron_h": "sigmoid"}
+"""Routers that SGLang's model files score so although the config has no `scoring_func`."""
 _LARGEST_SIZE = 1 << 28
 """No dimension of a model comes near it; what does is a damaged or hostile config."""
 
@@ -29,6 +31,8 @@ class Moe:
     topk_group: int | None
     scoring: str
     """`softmax` or `sigmoid`."""
+    renormalize: bool
+    """Whether the weights of the chosen experts are made to add up to one."""
     routed_scaling_factor: float | None
 
 
@@ -69,6 +73,15 @@ class ModelConfig:
     def has_softmax_attention(self) -> bool:
         """Whether any layer uses ordinary attention."""
         return self.linear_attention_layers < self.num_layers
+
+    @property
+    def unread(self) -> list[str]:
+        """What the config says about single layers that nothing here reads yet."""
+        fields = ("block_configs", "hybrid_override_pattern", "linear_num_value_heads")
+        found = [field for field in fields if self.raw.get(field)]
+        if self.raw.get("swa_num_key_value_heads") not in (None, self.num_kv_heads):
+            found.append("swa_num_key_value_heads")
+        return found
 
     @property
     def moe_layers(self) -> int:
@@ -189,16 +202,34 @@ def _moe(fields: _Fields) -> Moe | None:
     top_k = fields.required_size("num_experts_per_tok", "moe_topk", "num_experts_per_token")
     if top_k > experts:
         raise fields.fail("num_experts_per_tok", f"{top_k} exceeds the {experts} experts")
-    scoring = fields.text("scoring_func")
+    scoring = fields.text("scoring_func") or _SCORING.get(
+        fields.text("model_type") or "", "softmax"
+    )
+    renormalize = fields.raw.get("norm_topk_prob")
     return Moe(
         num_experts=experts,
         top_k=top_k,
         intermediate_size=fields.required_size("moe_intermediate_size", "intermediate_size"),
         num_groups=fields.size("n_group"),
         topk_group=fields.size("topk_group"),
-        scoring=scoring or "softmax",
+        scoring=scoring,
+        renormalize=renormalize is not False,
         routed_scaling_factor=fields.number("routed_scaling_factor"),
     )
+
+
+def _check_layers(fields: _Fields, layers: int) -> None:
+    """Check what says which layers are of which kind."""
+    kinds = fields.raw.get("attn_type_list")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise fields.fail("attn_type_list", f"not a list of {layers} entries, one per layer")
+    dense = fields.raw.get("mlp_only_layers")
+    if dense is not None and not (isinstance(dense, list) and all(type(n) is int for n in dense)):
+        raise fields.fail("mlp_only_layers", f"{dense!r} is not a list of layer numbers")
+    fields.size("decoder_sparse_step")
+    first = fields.raw.get("first_k_dense_replace")
+    if first is not None and (type(first) is not int or first < 0):
+        raise fields.fail("first_k_dense_replace", f"{first!r} is not a number of layers")
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
@@ -227,6 +258,8 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     fields = _Fields(source, text, prefix)
     hidden = fields.required_size("hidden_size")
     heads = fields.required_size("num_attention_heads")
+    if "num_key_value_heads" in text and text["num_key_value_heads"] is None:
+        raise fields.fail("num_key_value_heads", "null; configs that say it per layer are not read")
     kv_heads = fields.size("num_key_value_heads") or heads
     if heads % kv_heads:
         raise fields.fail(
@@ -242,9 +275,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             )
         head_dim = hidden // heads
     layers = fields.required_size("num_hidden_layers")
-    kinds = text.get("attn_type_list")
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
-        raise fields.fail("attn_type_list", f"not a list of {layers} entries, one per layer")
+    _check_layers(fields, layers)
     return ModelConfig(
         source=source,
         architecture=architectures[0],
@@ -258,7 +289,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         intermediate_size=fields.size("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps"),
         moe=_moe(fields),
-        quantization=_quantization(raw),
+        quantization=_quantization(text),
         raw=text,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 
@@ -47,6 +48,13 @@ class OnboardRequest(BaseModel):
     @classmethod
     def _slug(cls, value: str) -> str:
         return safe_name(value, "--model-name")
+
+    @field_validator("hf_repo_id")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", value):
+            raise ValueError(f"{value!r} is not a Hugging Face repository id (owner/name)")
+        return value
 
     @field_validator("phases")
     @classmethod

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PASSED_ON = (
+    "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES",
     "PATH",
     "HOME",
     "LANG",

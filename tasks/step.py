@@ -9,14 +9,14 @@ the manifest instead.
 
 from __future__ import annotations
 
-import datetime as dt
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID, CachePolicy
-from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
 P = ParamSpec("P")
@@ -29,8 +29,7 @@ def _name(context: TaskRunContext, _: dict[str, Any]) -> str:
 
 _ONCE_PER_RUN = CachePolicy.from_cache_key_fn(_name) + INPUTS + RUN_ID
 
-_Span = tuple[dt.datetime, dt.datetime]
-_spans: defaultdict[int, list[_Span]] = defaultdict(list)
+_spans: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
 
 
 def step(
@@ -46,11 +45,15 @@ def step(
         once: whether a retried flow run takes the kept result instead of repeating it.
     """
 
-    def note(_: Task[Any, Any], task_run: TaskRun, __: State[Any]) -> None:
-        if task_run.start_time and task_run.end_time:
-            _spans[phase].append((task_run.start_time, task_run.end_time))
-
     def decorate(function: Callable[P, R]) -> Task[P, R]:
+        @wraps(function)
+        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+            start = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _spans[phase].append((start, time.monotonic()))
+
         return task(
             name=name,
             description=description,
@@ -58,9 +61,8 @@ def step(
             tags=[f"phase:{phase}"],
             cache_policy=_ONCE_PER_RUN if once else NO_CACHE,
             persist_result=once,
-            on_completion=[note],
-            on_failure=[note],
-        )(function)
+            result_serializer="json",
+        )(timed)
 
     return decorate
 
@@ -69,10 +71,9 @@ def phase_seconds() -> dict[int, float]:
     """Return the wall-clock seconds this process spent in each phase's steps, overlaps once."""
     seconds = {}
     for phase, spans in sorted(_spans.items()):
-        total, end = dt.timedelta(), None
+        total = end = 0.0
         for start, stop in sorted(spans):
-            begin = start if end is None else max(start, end)
-            total += max(stop - begin, dt.timedelta())
-            end = stop if end is None else max(stop, end)
-        seconds[phase] = total.total_seconds()
+            total += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        seconds[phase] = total
     return seconds

@@ -32,5 +32,7 @@ def write_baseline(dataset: Path, spec: KernelSpec) -> str | None:
         "sources": [{"path": "main.py", "content": source}],
     }
     place = DefinitionFiles(spec.op_type, spec.name)
+    for earlier in (dataset / place.solutions).glob("flashinfer_wrapper_*.json"):
+        earlier.unlink()
     files.write_json(dataset / place.solutions / f"{name}.json", solution)
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -32,13 +33,16 @@ def evaluate(dataset: Path, op_type: str, name: str) -> str:
     place = DefinitionFiles(op_type, name)
     if not (dataset / place.solutions).is_dir():
         return "not evaluated (the kernel has no baseline)"
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if hidden or not any(Path("/dev").glob("nvidia[0-9]*")):
         return "not evaluated (no CUDA device on this host)"
     if importlib.util.find_spec("flashinfer_bench") is None:
         return "not evaluated (flashinfer-bench is not installed)"
     with tempfile.TemporaryDirectory(prefix="onboard-evaluate-") as folder:
         copy = Path(folder)
         for path in place.staged(dataset):
+            if path == place.traces:
+                continue
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(dataset / path, copy / path)
         outcome = sandbox.run_python(

@@ -43,4 +43,6 @@ def collect_recorded(
     files.write_json(provenance, asdict(collected))
     write_baseline(dataset, spec)
     write_workloads(dataset, definition, chosen)
+    # Traces are of other rows or another baseline.
+    (dataset / place.traces).unlink(missing_ok=True)
     return collected

@@ -140,17 +140,22 @@ def _line(definition: dict[str, Any], candidate: Candidate, place: DefinitionFil
 def write_workloads(dataset: Path, definition: dict[str, Any], chosen: list[Candidate]) -> None:
     """Write rows and blobs into the dataset: blobs first, then the rows that name them.
 
-    A crash in between leaves no row without its blob; blobs no row names are removed.
+    Rows that are there already (of another model that has the kernel too) stay. A crash in between
+    leaves no row without its blob; blobs no row names are removed.
     """
     place = DefinitionFiles(definition["op_type"], definition["name"])
-    wanted = set()
+    path = dataset / place.workloads
+    lines = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        lines[json.loads(line)["workload"]["uuid"]] = line
+    wanted = {place.blob(uuid).name for uuid in lines}
     for candidate in chosen:
         if candidate.row.tensors:
-            path = dataset / place.blob(candidate.uuid)
-            files.write_bytes(path, save(dict(candidate.row.tensors)))
-            wanted.add(path.name)
-    lines = [_line(definition, candidate, place) for candidate in chosen]
-    files.write_text(dataset / place.workloads, "\n".join(lines) + "\n")
+            blob = dataset / place.blob(candidate.uuid)
+            files.write_bytes(blob, save(dict(candidate.row.tensors)))
+            wanted.add(blob.name)
+        lines[candidate.uuid] = _line(definition, candidate, place)
+    files.write_text(path, "\n".join(lines.values()) + "\n")
     folder = dataset / place.blobs
     for orphan in folder.iterdir() if folder.is_dir() else ():
         if orphan.name not in wanted:

@@ -87,11 +87,14 @@ def main(request_path: str, result_path: str) -> None:
     bench = _import_bench()
     results: dict[str, Json] = {}
     for item in request["kernels"]:
-        spec = KernelSpec.model_validate(item["spec"])
         try:
-            results[spec.name] = _draft(spec, item["has_template"], request["model_slug"], bench)
+            spec = KernelSpec.model_validate(item["spec"])
+            draft = _draft(spec, item["has_template"], request["model_slug"], bench)
         except DefinitionError as error:
-            results[spec.name] = {"error": str(error)}
+            draft = {"error": str(error)}
+        except Exception as error:  # one kernel's is not the others'
+            draft = {"error": f"unexpected {type(error).__name__}: {error}"}
+        results[item["name"]] = draft
     versions = {}
     if not isinstance(bench, str):
         from importlib.metadata import version

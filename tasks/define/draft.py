@@ -30,7 +30,12 @@ def draft_definitions(entries: Sequence[KernelEntry], model_slug: str, drafts: P
     request = {
         "model_slug": model_slug,
         "kernels": [
-            {"spec": entry.spec, "has_template": bool(entry.fi_trace_template)} for entry in entries
+            {
+                "name": entry.definition_name,
+                "spec": entry.spec,
+                "has_template": bool(entry.fi_trace_template),
+            }
+            for entry in entries
         ],
     }
     with tempfile.TemporaryDirectory(prefix="onboard-draft-") as folder:
@@ -67,6 +72,11 @@ def stage_definition(entry: KernelEntry, drafts: Path, dataset: Path) -> dict[st
     draft = files.read_json_object(path, "the draft")
     if "error" in draft:
         raise DefinitionError(f"{entry.definition_name}: {draft['error']}")
-    place = DefinitionFiles(entry.op_type, entry.definition_name)
-    files.write_json(dataset / place.definition, draft["definition"])
+    staged = dataset / DefinitionFiles(entry.op_type, entry.definition_name).definition
+    if staged.exists():
+        # Another model needs the kernel too: the definition is the same, the models add up.
+        earlier = files.read_json_object(staged, "the staged definition")["tags"]
+        tags = draft["definition"]["tags"]
+        draft["definition"]["tags"] = list(dict.fromkeys((*earlier, *tags)))
+    files.write_json(staged, draft["definition"])
     return draft

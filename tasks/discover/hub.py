@@ -9,8 +9,8 @@ from tasks.errors import ConfigError, InputError
 from tasks.settings import Settings
 
 
-def fetch_config(repo_id: str, settings: Settings) -> Path:
-    """Download `config.json` of a model repository into the Hub's cache and return its path.
+def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
+    """Download `config.json` of a model repository into `cache` and return its path.
 
     Raises:
         InputError: `repo_id` is not a repository id.
@@ -33,7 +33,9 @@ def fetch_config(repo_id: str, settings: Settings) -> Path:
     otherwise = "give the file itself with --config FILE"
     try:
         return Path(
-            hf_hub_download(repo_id, "config.json", token=token, endpoint=settings.hf_endpoint)
+            hf_hub_download(
+                repo_id, "config.json", token=token, endpoint=settings.hf_endpoint, cache_dir=cache
+            )
         )
     except HFValidationError as error:
         raise InputError(

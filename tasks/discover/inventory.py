@@ -49,7 +49,10 @@ def required_kernels(
     Parts for which no definition is produced are listed with their reasons.
     """
     found: dict[str, KernelSpec] = {}
-    missing: list[NotProduced] = []
+    missing = [
+        NotProduced(f"layers that {field} describes", "no op module reads it")
+        for field in model.unread
+    ]
     for serving in servings:
         for module in ops.registry().values():
             for item in module.required(model, serving):

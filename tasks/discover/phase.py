@@ -44,7 +44,7 @@ class Inventory:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_model(request: OnboardRequest, options: Settings) -> ModelConfig:
+def read_model(request: OnboardRequest, options: Settings, cache: Path) -> ModelConfig:
     """Read the model's config from the given file or the Hub.
 
     Raises:
@@ -57,7 +57,7 @@ def read_model(request: OnboardRequest, options: Settings) -> ModelConfig:
             f"{request.model_name}: give --hf-repo-id to read config.json from the Hub, or "
             "--config FILE"
         )
-    path = fetch_config(request.hf_repo_id, options)
+    path = fetch_config(request.hf_repo_id, options, cache / "hub")
     return read_config(path, f"{request.hf_repo_id}/config.json")
 
 
@@ -74,22 +74,24 @@ def inventory(
         request: names the model and its config.
         clones: the four phase 0 clones by name.
         shas: their short SHAs.
-        cache: folder for the source indexes.
+        cache: folder for the source indexes and the config.
         options: settings (the Hub, memory of one GPU).
 
     Raises:
         ConfigError: the config is wrong or its architecture unknown.
         InputError: a clone is not what it should be.
     """
-    model = read_model(request, options)
+    model = read_model(request, options, cache)
     sources = Sources(
         flashinfer=cached(
-            cache,
+            cache / "sources",
             FlashInferIndex,
             shas["flashinfer"],
             lambda: index_flashinfer(clones["flashinfer"]),
         ),
-        sglang=cached(cache, SglangIndex, shas["sglang"], lambda: index_sglang(clones["sglang"])),
+        sglang=cached(
+            cache / "sources", SglangIndex, shas["sglang"], lambda: index_sglang(clones["sglang"])
+        ),
         shas=shas,
         published=dataset.published_definitions(clones["flashinfer_trace"]),
     )

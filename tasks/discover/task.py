@@ -18,7 +18,6 @@ from tasks.step import step
     1,
     "discover-kernels",
     "Compute the kernels the model needs, classify them, merge them into the manifest.",
-    once=False,
 )
 def discover_kernels(
     request: OnboardRequest, shas: dict[str, str], path: Path, today: dt.date
@@ -33,7 +32,7 @@ def discover_kernels(
     log = get_run_logger()
     options = settings.load_settings(request.workspace)
     clones = {name: options.clone(name) for name in shas}
-    cache = request.workspace / ".cache" / "sources"
+    cache = request.workspace / ".cache"
     found = inventory(request, clones, shas, cache, options)
     empty = RunManifest(model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today)
     manifest.create(path, empty)
@@ -45,6 +44,7 @@ def discover_kernels(
 
     def record(run: RunManifest) -> None:
         run.repo_shas = RepoShas(**shas)
+        run.hf_repo_id = run.hf_repo_id or request.hf_repo_id
         manifest.merge_discovery(run, found.kernels, refresh=request.refresh)
         extra = {
             "architecture": found.model.architecture,

@@ -16,6 +16,8 @@ from tasks.ops.base import (
     var,
 )
 
+_OUTPUT_GATE_MODEL_TYPES = ("qwen3_next", "qwen3_5")
+
 _REFERENCE = """\
 import torch
 
@@ -36,7 +38,10 @@ class Gemm(OpModule):
         """Fused qkv, output, fused gate/up, down and router projections (weights `[N, K]`)."""
         hidden, dim = model.hidden_size, model.head_dim
         if model.has_softmax_attention and not model.is_mla:
-            yield self._spec((model.num_heads + 2 * model.num_kv_heads) * dim, hidden, "qkv_proj")
+            # qwen3_next.py: qkv_proj has the output gate's heads too.
+            gated = model.model_type.startswith(_OUTPUT_GATE_MODEL_TYPES)
+            heads = model.num_heads * (2 if gated else 1)
+            yield self._spec((heads + 2 * model.num_kv_heads) * dim, hidden, "qkv_proj")
             yield self._spec(hidden, model.num_heads * dim, "o_proj")
         if model.linear_attention_layers:
             # modeling_minimax_m1.py, MiniMaxM1LightningAttention: qkv_proj, output_gate, out_proj.

@@ -198,6 +198,11 @@ def _has_gqa(model: ModelConfig) -> bool:
 def _heads(model: ModelConfig, serving: Serving) -> tuple[int, int] | NotProduced:
     """Query and KV heads of one rank."""
     heads, kv_heads = model.num_heads, model.num_kv_heads
+    if model.raw.get("v_head_dim") not in (None, model.head_dim):
+        return NotProduced(
+            "attention",
+            f"v_head_dim {model.raw['v_head_dim']} differs from head_dim {model.head_dim}",
+        )
     if heads % serving.tp or (kv_heads % serving.tp and serving.tp % kv_heads):
         return NotProduced(
             f"attention at tp={serving.tp}",
@@ -268,6 +273,8 @@ class GqaPaged(OpModule):
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """Both stages at both page sizes."""
+        if model.is_mla:
+            yield NotProduced("attention", "no op module for multi-head latent attention")
         if not _has_gqa(model):
             return
         heads = _heads(model, serving)

@@ -15,6 +15,7 @@ from tasks.ops.base import (
     KernelSpec,
     NotProduced,
     OpModule,
+    Scalar,
     const,
     register,
     scalar,
@@ -160,6 +161,14 @@ def _is_deepseek(moe: Moe) -> bool:
     return moe.scoring == "sigmoid" and moe.num_groups is not None and moe.topk_group is not None
 
 
+def _routing_scalars(moe: Moe) -> dict[str, Scalar]:
+    factor = moe.routed_scaling_factor
+    if factor is None:
+        return {}
+    source = f"config.json routed_scaling_factor = {factor:g}"
+    return {"routed_scaling_factor": Scalar(value=factor, source=source)}
+
+
 @register
 class FusedMoe(OpModule):
     """Block-scaled FP8, block-scaled FP4 (with and without routing) and per-tensor FP8."""
@@ -178,6 +187,9 @@ class FusedMoe(OpModule):
         deepseek = _is_deepseek(moe)
         if not deepseek and moe.scoring != "softmax":
             yield NotProduced(what, f"no kernel routes by {moe.scoring} without expert groups")
+            return
+        if not deepseek and not moe.renormalize:
+            yield NotProduced(what, "no kernel here routes by softmax without renormalising")
             return
         if model.hidden_size % _BLOCK or moe.intermediate_size % _BLOCK:
             yield NotProduced(
@@ -214,6 +226,7 @@ class FusedMoe(OpModule):
             variant=variant,
             axes=axes,
             constants=constants,
+            scalars=_routing_scalars(moe) if constants else {},
             tp=(serving.tp,),
             ep=(serving.ep,),
             origin=(

@@ -12,6 +12,7 @@ from tasks.ops.base import (
     Json,
     KernelSpec,
     MetaTensor,
+    NotProduced,
     OpModule,
     Rejected,
     Row,
@@ -92,9 +93,10 @@ class RmsNorm(OpModule):
 
     op_type = "rmsnorm"
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
         """Input and post-attention norms over hidden_size, q/k norms over head_dim."""
         if model.rms_norm_eps is None or model.model_type.startswith(_GEMMA_MODEL_TYPES):
+            yield NotProduced("norms", f"{model.model_type or 'the model'} has no plain RMSNorm")
             return
         hidden, eps = model.hidden_size, model.rms_norm_eps
         yield self._spec("rmsnorm", hidden, eps, "hidden_size")

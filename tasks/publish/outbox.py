@@ -71,10 +71,11 @@ class Outbox:
             # We hold the outbox's lock: a lock file of git's own is left from a killed run.
             (self._root / ".git" / "index.lock").unlink(missing_ok=True)
             files.write_text(path, text)
-            git("add", "--", ".gitignore", str(path.relative_to(self._root)), cwd=self._root)
-            if git("status", "--porcelain", "--untracked-files=no", cwd=self._root):
+            ours = ("--", ".gitignore", str(path.relative_to(self._root)))
+            git("add", *ours, cwd=self._root)
+            if git("status", "--porcelain", *ours, cwd=self._root):
                 message = f"{post.kind}: {post.title}"
-                git("commit", "--quiet", "-m", message, cwd=self._root, env=AUTHOR)
+                git("commit", "--quiet", "-m", message, *ours, cwd=self._root, env=AUTHOR)
         except GitError as error:
             raise PublishError(f"{self._root}: {error}") from error
         return path.as_uri()
@@ -103,8 +104,10 @@ class Outbox:
             remote = self._remote(repository, branch.clone)
             ref = f"refs/heads/{branch.name}"
             tip = git("for-each-ref", "--format=%(objectname)", ref, cwd=remote)
-            parent = tip or git("rev-parse", "HEAD", cwd=branch.clone)
-            tree = self._tree(branch, parent, remote)
+            base = git("rev-parse", "HEAD", cwd=branch.clone)
+            parent = tip or base
+            # From the source's commit, so that a file no longer published does not stay behind.
+            tree = self._tree(branch, base, remote)
             if tip and git("rev-parse", f"{tip}^{{tree}}", cwd=remote) == tree:
                 return tip
             message = ("-m", branch.message)
@@ -114,8 +117,8 @@ class Outbox:
             raise PublishError(f"branch {branch.name} for {repository}: {error}") from error
         return commit
 
-    def _tree(self, branch: Branch, parent: str, remote: Path) -> str:
-        """Write the tree of `parent` with the branch's files."""
+    def _tree(self, branch: Branch, base: str, remote: Path) -> str:
+        """Write the tree of `base` with the branch's files."""
         sources = "".join(f"{source.absolute()}\n" for source in branch.files.values())
         write = ("hash-object", "-w", "--no-filters", "--stdin-paths")
         hashes = git(*write, cwd=remote, stdin=sources.encode()).splitlines()
@@ -124,7 +127,7 @@ class Outbox:
         )
         with tempfile.TemporaryDirectory(prefix="onboard-index-") as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-            git("read-tree", parent, cwd=remote, env=index)
+            git("read-tree", base, cwd=remote, env=index)
             add = ("update-index", "--add", "--index-info")
             git(*add, cwd=remote, stdin=entries.encode(), env=index)
             # A blobless clone lacks the blobs of files nobody touches.

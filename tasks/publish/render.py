@@ -85,9 +85,10 @@ def dataset_pull_request(subject: Subject) -> tuple[Post, Branch]:
         collected = files.read_json_object(subject.collected, "the collection's provenance")
         for line in (subject.dataset / subject.files.workloads).read_text().splitlines():
             row = json.loads(line)["workload"]
-            seen = collected["provenance"]["workloads"][row["uuid"]]["calls"]
+            seen = collected["provenance"]["workloads"].get(row["uuid"])
             axes = ", ".join(f"{axis}={size}" for axis, size in row["axes"].items())
-            workloads.append({"uuid": row["uuid"], "axes": axes, "calls": len(seen)})
+            calls = len(seen["calls"]) if seen else "of another model"
+            workloads.append({"uuid": row["uuid"], "axes": axes, "calls": calls})
     blobs = [path for path in staged if path.suffix == ".safetensors"]
     listed = [path.as_posix() for path in staged if path.suffix != ".safetensors"]
     if blobs:
@@ -149,10 +150,12 @@ def coverage_pull_request(
     body = _body(
         "coverage.md.j2", subject, status=status, path=COVERAGE_PATH, dataset_pr=dataset_pr
     )
-    post = Post(name, "coverage", BENCH_REPOSITORY, title, body)
+    # The row is this model's; another model that needs the kernel has a row of its own.
+    key = f"{name}.{subject.manifest.model_slug}"
+    post = Post(key, "coverage", BENCH_REPOSITORY, title, body)
     message = f"{title}\n\nDataset pull request: {dataset_pr}\n"
     changed = {PurePosixPath(COVERAGE_PATH): edited}
-    return post, Branch(f"feat/def-{name}", bench_clone, message, changed)
+    return post, Branch(f"feat/def-{key}", bench_clone, message, changed)
 
 
 def kernel_request(subject: Subject) -> Post:

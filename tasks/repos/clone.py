@@ -62,6 +62,16 @@ def _clone(name: str, url: str, path: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _make_way(path: Path, name: str) -> None:
+    """Let a staged file that was merged upstream give way; one that differs is kept elsewhere."""
+    ours = git.git("hash-object", "--no-filters", "--", name, cwd=path)
+    if ours != git.git("rev-parse", f"FETCH_HEAD:{name}", cwd=path):
+        kept = path.parent / "superseded" / path.name / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path / name, kept)
+    (path / name).unlink()
+
+
 def _advance(path: Path) -> str | None:
     """Move the clone to the remote's HEAD; return a warning if it stays where it is."""
     try:
@@ -73,8 +83,8 @@ def _advance(path: Path) -> str | None:
     )
     untracked = git.git("ls-files", "--others", "-z", cwd=path).split("\0")
     in_the_way = sorted(name for name in untracked if name and name in arriving)
-    if in_the_way:
-        return f"{in_the_way[0]} is here and in the newest commit too; using the commit in hand"
+    for name in in_the_way:
+        _make_way(path, name)
     # We hold the clone's lock, and nobody edits tracked files: what differs is of a killed update.
     (path / ".git" / "index.lock").unlink(missing_ok=True)
     git.git("checkout", "--quiet", "--force", "--detach", "FETCH_HEAD", cwd=path)

@@ -108,7 +108,7 @@ def test_existing_integrated_and_sgl_missing(workspace: Path) -> None:
         f"onboard/{name}" for name in INTEGRATED
     }
     assert branches(workspace, "flashinfer-bench") == {"main"} | {
-        f"feat/def-{name}" for name in INTEGRATED
+        f"feat/def-{name}.qwen3-30b-a3b" for name in INTEGRATED
     }
     # One flow run per kernel with work, named for the UI, the waiting one visible as such.
     assert runs_named(f"qwen3-30b-a3b/{WAITING}")[:1] == ["Waiting"]

@@ -280,3 +280,14 @@ def test_uuid_is_of_the_content() -> None:
     other = Row(axes={"n": 2}, tensors={"t": np.array([1, 3], dtype=np.int32)})
     assert content_uuid("d", row) == content_uuid("d", same)
     assert len({content_uuid("d", row), content_uuid("e", row), content_uuid("d", other)}) == 3
+
+
+def test_rows_of_another_model_stay(log: CallLog, tmp_path: Path) -> None:
+    definition = definition_of(qwen(RAGGED))
+    chosen, _ = sanitize(qwen(RAGGED), definition, log, 12)
+    write_workloads(tmp_path, definition, chosen[:5])
+    write_workloads(tmp_path, definition, chosen[3:])
+    place = DefinitionFiles("gqa_ragged", RAGGED)
+    lines = (tmp_path / place.workloads).read_text().splitlines()
+    assert [json.loads(line)["workload"]["uuid"] for line in lines] == [c.uuid for c in chosen]
+    assert len(list((tmp_path / place.blobs).iterdir())) == 12

@@ -254,3 +254,15 @@ def test_child_that_wants_too_much_memory_fails(tmp_path: Path) -> None:
     code = "x = bytearray(20 << 30)"
     outcome = sandbox.run_python(["-c", code], timeout=60, memory_gb=4, cwd=tmp_path)
     assert "MemoryError" in outcome.reason
+
+
+def test_models_that_share_a_kernel_add_up_in_its_tags(tmp_path: Path) -> None:
+    entry = entries("Qwen--Qwen3-30B-A3B")[0]
+    for slug in ("one", "two", "one"):
+        tags = ["status:verified", f"model:{slug}"]
+        drafted = {"definition": {"name": entry.definition_name, "tags": tags}}
+        drafts = tmp_path / slug
+        drafts.mkdir(exist_ok=True)
+        (drafts / f"{entry.definition_name}.json").write_text(json.dumps(drafted))
+        staged = stage_definition(entry, drafts, tmp_path / "dataset")
+    assert staged["definition"]["tags"] == ["status:verified", "model:one", "model:two"]

@@ -106,11 +106,28 @@ def test_update_of_one_kernel_changes_nothing_else(path: Path) -> None:
 
 
 def test_error_is_recorded_and_cleared_by_the_next_success(path: Path) -> None:
-    manifest.record_error(path, "rmsnorm_h128", "it broke")
+    manifest.record_error(path, "new_op_h512", "it broke")
     run = manifest.load(path)
-    assert run.state(run.kernel("rmsnorm_h128")) == "failed"
-    manifest.update_kernel(path, "rmsnorm_h128", phase2_status="done")
-    assert manifest.load(path).kernel("rmsnorm_h128").error is None
+    assert run.state(run.kernel("new_op_h512")) == "failed"
+    manifest.update_kernel(path, "new_op_h512", phase2_status="done")
+    assert manifest.load(path).kernel("new_op_h512").error is None
+    manifest.record_error(path, "new_op_h512", "it broke again")
+    manifest.clear_errors(path)
+    assert json.loads(path.read_text()) == FOREIGN
+
+
+def test_a_definition_published_alone_starts_over_when_it_can_be_collected(path: Path) -> None:
+    manifest.record_pull_request(path, "new_op_h512", flashinfer_trace_pr="u")
+    run = manifest.load(path)
+    found = {"definition_name": "new_op_h512", "op_type": "new_op", "phase1_status": "new"}
+    supported = {"fi_status": "fi_supported", "sgl_status": "sgl_integrated"}
+    manifest.merge_discovery(run, [KernelEntry.model_validate(found | supported)])
+    assert run.state(run.kernel("new_op_h512")) == "new"
+    assert "new_op_h512" not in run.phase4
+    manifest.merge_discovery(
+        run, [KernelEntry.model_validate(found | {"phase1_status": "existing"})]
+    )
+    assert run.state(run.kernel("new_op_h512")) == "existing"
 
 
 DAMAGE = {

@@ -108,3 +108,18 @@ def test_any_json_gives_a_model_or_a_typed_error(change: dict[str, Any]) -> None
         assert isinstance(parse_config(QWEN | change, "config.json"), ModelConfig)
     except ConfigError as error:
         assert "config.json: field " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": None}, "field num_key_value_heads: null"),
+        ({"mlp_only_layers": 5}, "field mlp_only_layers: 5 is not a list"),
+        ({"decoder_sparse_step": "x"}, "field decoder_sparse_step: 'x' is not an integer"),
+        ({"first_k_dense_replace": "3"}, "field first_k_dense_replace: '3' is not"),
+    ],
+)
+def test_layer_patterns_are_not_guessed(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(QWEN | change, "config.json")
+    assert message in str(caught.value)

@@ -75,17 +75,20 @@ def test_empty_remote_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "clone").exists()
 
 
-def test_staged_files_survive_an_update_that_would_overwrite_them(tmp_path: Path) -> None:
+def test_staged_files_give_way_to_merged_ones_and_differing_ones_are_kept(tmp_path: Path) -> None:
     remote, path = tmp_path / "remote", tmp_path / "clone"
-    sha = commit(remote, "a.txt", "1")
+    commit(remote, "a.txt", "1")
     clone.update("flashinfer_trace", str(remote), path)
-    (path / "b.txt").write_text("ours")
-    commit(remote, "b.txt", "theirs")
-    kept = clone.update("flashinfer_trace", str(remote), path)
-    assert (path / "b.txt").read_text() == "ours"
-    assert kept.sha == sha
-    assert kept.warning is not None
-    assert "b.txt is here and in the newest commit too" in kept.warning
+    for name in ("same.txt", "other.txt", "mine.txt"):
+        (path / name).write_text("ours")
+    commit(remote, "same.txt", "ours")
+    newest = commit(remote, "other.txt", "theirs")
+    assert clone.update("flashinfer_trace", str(remote), path).sha == newest
+    assert (path / "other.txt").read_text() == "theirs"
+    assert (path / "mine.txt").read_text() == "ours"
+    kept = [p for p in (tmp_path / "superseded").rglob("*") if p.is_file()]
+    assert [p.relative_to(tmp_path).as_posix() for p in kept] == ["superseded/clone/other.txt"]
+    assert kept[0].read_text() == "ours"
 
 
 def test_update_repairs_what_a_killed_one_left(tmp_path: Path) -> None:
