@@ -8,7 +8,7 @@ interface, so a new kernel family is one new file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -194,6 +194,18 @@ class Rejected:
 
     call: str
     reason: str
+
+
+def rows_of(
+    calls: Iterable[Call], name: str, make: Callable[[Call], Row]
+) -> Iterator[Row | Rejected]:
+    """Make a row of every call dumped under `name`; reject, with the reason, what `make` refuses."""
+    for call in calls:
+        if call.name == name:
+            try:
+                yield make(call)
+            except DumpError as error:
+                yield Rejected(call.id, str(error))
 
 
 class OpModule(ABC):

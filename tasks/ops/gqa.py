@@ -35,6 +35,7 @@ from tasks.ops.base import (
     check_axes,
     const,
     register,
+    rows_of,
     scalar,
     tensor,
     var,
@@ -398,20 +399,16 @@ class GqaPaged(OpModule):
         """One row per plan that is known to be run."""
         wrapper = _DECODE if spec.variant == "decode" else _PAGED
         ragged = {call.process for call in calls if call.name == f"{_RAGGED}.plan"}
-        for call in calls:
-            if call.name != f"{wrapper}.plan":
-                continue
+
+        def make(call: Call) -> Row:
             if spec.variant == "prefill" and call.process in ragged:
-                yield Rejected(
-                    call.id,
+                raise DumpError(
                     f"{call.name}: no evidence of a causal run (the process plans ragged "
-                    "prefill, this plan covers cached prefixes only)",
+                    "prefill, this plan covers cached prefixes only)"
                 )
-                continue
-            try:
-                yield self._row(spec, call)
-            except DumpError as error:
-                yield Rejected(call.id, str(error))
+            return self._row(spec, call)
+
+        return rows_of(calls, f"{wrapper}.plan", make)
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
         decode = spec.variant == "decode"
@@ -588,13 +585,7 @@ class GqaRagged(OpModule):
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per ragged plan."""
-        for call in calls:
-            if call.name != f"{_RAGGED}.plan":
-                continue
-            try:
-                yield self._row(spec, call)
-            except DumpError as error:
-                yield Rejected(call.id, str(error))
+        return rows_of(calls, f"{_RAGGED}.plan", lambda call: self._row(spec, call))
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
         names = {

@@ -20,6 +20,7 @@ from tasks.ops.base import (
     check_axes,
     const,
     register,
+    rows_of,
     tensor,
     var,
 )
@@ -157,13 +158,7 @@ class RmsNorm(OpModule):
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per call: only the number of rows varies, all inputs are activations."""
-        for call in calls:
-            if call.name != spec.variant:
-                continue
-            try:
-                yield self._row(spec, call)
-            except DumpError as error:
-                yield Rejected(call.id, str(error))
+        return rows_of(calls, spec.variant, lambda call: self._row(spec, call))
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
         hidden = call.tensors.get("input")
