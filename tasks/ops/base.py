@@ -199,7 +199,7 @@ class Rejected:
 def rows_of(
     calls: Iterable[Call], name: str, make: Callable[[Call], Row]
 ) -> Iterator[Row | Rejected]:
-    """Make a row of every call dumped under `name`; reject, with the reason, what `make` refuses."""
+    """Make a row of every call dumped under `name`; reject what `make` refuses, with its reason."""
     for call in calls:
         if call.name == name:
             try:
