@@ -198,6 +198,8 @@ def _print_report(report: Report) -> None:
 
     table = Table(title=f"Kernels of {report.run.model_slug}", title_justify="left", box=None)
     rows = [report.row(entry) for entry in report.run.kernels]
+    for row in rows:
+        del row["op type"]  # lines are long, and names begin with it or say it
     for heading in rows[0] if rows else ():
         table.add_column(heading, no_wrap=True)
     for row in rows:
