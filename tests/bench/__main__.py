@@ -42,7 +42,7 @@ def best(function: Callable[[], Any], times: int = 3) -> float:
 def line(what: str, seconds: float, baseline: str, reference: float) -> None:
     """Print one measurement beside its baseline."""
     ratio = seconds / reference
-    print(f"{what:44} {seconds:8.3f} s   {ratio:7.2f} x {baseline} ({reference:.3f} s)")
+    print(f"{what:44} {seconds:8.3f} s   {ratio:9.4f} x {baseline} ({reference:.3f} s)")
 
 
 def grep_each(sglang: Path, flashinfer: Path, names: list[str]) -> None:
