@@ -34,12 +34,16 @@ class Checkout:
     """Why the remote's newest commit is not the one checked out."""
 
 
+def _as_url(remote: str) -> str:
+    """Return a local path as a URL: git ignores a clone's filter for plain paths."""
+    return Path(remote).as_uri() if Path(remote).is_absolute() else remote
+
+
 def _clone(name: str, url: str, path: Path) -> None:
     # A name of its own: a git that outlived a killed run may still write to the last one.
     for stale in path.parent.glob(f".{path.name}.cloning-*"):
         shutil.rmtree(stale, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.cloning-"))
-    source = Path(url).as_uri() if Path(url).is_absolute() else url
     try:
         git.git(
             "clone",
@@ -47,7 +51,7 @@ def _clone(name: str, url: str, path: Path) -> None:
             "--filter=blob:none",
             "--no-recurse-submodules",
             "--",
-            source,
+            _as_url(url),
             str(unfinished),
         )
         git.git("rev-parse", "--verify", "--quiet", "HEAD^{commit}", cwd=unfinished)
@@ -115,8 +119,7 @@ def _update(name: str, url: str, path: Path) -> Checkout:
         _clone(name, url, path)
         return Checkout(name, path, git.short_sha(path), moved=True)
     before = git.short_sha(path)
-    source = Path(url).as_uri() if Path(url).is_absolute() else url
-    git.git("remote", "set-url", "origin", source, cwd=path)
+    git.git("remote", "set-url", "origin", _as_url(url), cwd=path)
     warning = _advance(path)
     after = git.short_sha(path)
     if warning:
