@@ -43,5 +43,6 @@ def rehearse(
         path = request.workspace / manifest.file_name(request.model_name, today)
         run = RunManifest(model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today)
     run.repo_shas = RepoShas(**shas)
-    manifest.merge_discovery(run, found.kernels, refresh=request.refresh)
+    entries = [kernel.entry() for kernel in found.kernels]
+    manifest.merge_discovery(run, entries, refresh=request.refresh)
     return run, path

@@ -69,6 +69,8 @@ class KernelEntry(BaseModel):
     """The op module's kernel specification: axes, parallelism, scalars."""
     evidence: list[str] | None = None
     """Why each classification holds, as `file:line` facts."""
+    server_flags: list[str] | None = None
+    """SGLang server flags without which it takes another kernel."""
     sglang_pr_url: str | None = None
     baseline_status: str | None = None
     error: str | None = None
@@ -290,6 +292,7 @@ PHASE1_FIELDS = frozenset(
         "sgl_status",
         "spec",
         "evidence",
+        "server_flags",
     }
 )
 

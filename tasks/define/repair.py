@@ -11,7 +11,7 @@ import ast
 from typing import Any
 
 from tasks.errors import DefinitionError
-from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
+from tasks.ops.base import KernelSpec, Provider, definition_tags
 
 Json = dict[str, Any]
 _TENSOR_KEYS = ("shape", "dtype", "description")
@@ -148,19 +148,11 @@ def repair(template: Json, spec: KernelSpec, own: Json) -> Json:
 
 def finish(body: Json, spec: KernelSpec, provider: Provider, model_slug: str) -> Json:
     """Add name, op type and tags, in the dataset's order of keys."""
-    tags = [
-        *body.get("tags", []),
-        "status:unverified" if isinstance(provider, NoKernel) else "status:verified",
-        f"model:{model_slug}",
-    ]
-    if isinstance(provider, FlashInferApi):
-        tags.append(f"fi_api:{provider.path}")
-    tags += [f"tp:{tp}" for tp in spec.tp] + [f"ep:{ep}" for ep in spec.ep]
     definition = {
         "name": spec.name,
         "description": body["description"],
         "op_type": spec.op_type,
-        "tags": tags,
+        "tags": definition_tags(spec, provider, body.get("tags", []), model_slug),
         "axes": body["axes"],
         "inputs": body["inputs"],
         "outputs": body["outputs"],

@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tasks import dataset
 from tasks.discover.cookbook import serving_configs
 from tasks.discover.hub import fetch_config
-from tasks.discover.inventory import Sources, check_architecture, classify, required_kernels
+from tasks.discover.inventory import Kernel, Sources, classify, model_class, requirements
 from tasks.discover.sources import (
     FlashInferIndex,
     SglangIndex,
@@ -20,9 +21,8 @@ from tasks.discover.sources import (
     index_sglang,
 )
 from tasks.errors import InputError
-from tasks.manifest import KernelEntry
 from tasks.model import ModelConfig, Serving, read_config
-from tasks.ops.base import NotProduced
+from tasks.ops.base import NotProduced, Unmapped
 from tasks.request import OnboardRequest
 from tasks.settings import Settings
 
@@ -34,14 +34,29 @@ class Inventory:
     model: ModelConfig
     model_class: str
     servings: list[Serving]
-    kernels: list[KernelEntry]
-    not_produced: list[NotProduced]
+    kernels: list[Kernel]
+    rejected: list[NotProduced]
+    unmapped: list[Unmapped]
 
     @property
     def fingerprint(self) -> str:
         """A digest of the result, to tell whether anything changed since the last run."""
-        facts = [entry.model_dump(mode="json", exclude_unset=True) for entry in self.kernels]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        facts = [kernel.entry().model_dump(mode="json") for kernel in self.kernels]
+        others = [vars(item) for item in (*self.rejected, *self.unmapped)]
+        return hashlib.sha256(json.dumps([facts, others], sort_keys=True).encode()).hexdigest()[:16]
+
+    def as_json(self, model_slug: str, hf_repo_id: str | None) -> dict[str, Any]:
+        """Return the inventory as `onboard inventory --json` prints it."""
+        return {
+            "model_slug": model_slug,
+            "hf_repo_id": hf_repo_id,
+            "architecture": self.model.architecture,
+            "model_class": self.model_class,
+            "serving": [vars(serving) for serving in self.servings],
+            "kernels": [kernel.as_json(model_slug) for kernel in self.kernels],
+            "unmapped": [{**vars(item), "status": "—"} for item in self.unmapped],
+            "rejected": [vars(item) for item in self.rejected],
+        }
 
 
 def read_model(request: OnboardRequest, options: Settings, cache: Path) -> ModelConfig:
@@ -78,32 +93,55 @@ def inventory(
         options: settings (the Hub, memory of one GPU).
 
     Raises:
-        ConfigError: the config is wrong or its architecture unknown.
+        ConfigError: the config is wrong.
         InputError: a clone is not what it should be.
     """
     model = read_model(request, options, cache)
-    sources = Sources(
-        flashinfer=cached(
-            cache / "sources",
-            FlashInferIndex,
-            shas["flashinfer"],
-            lambda: index_flashinfer(clones["flashinfer"]),
-        ),
-        sglang=cached(
-            cache / "sources", SglangIndex, shas["sglang"], lambda: index_sglang(clones["sglang"])
-        ),
-        shas=shas,
-        published=dataset.published_definitions(clones["flashinfer_trace"]),
-    )
-    model_class = check_architecture(model, sources.sglang, shas["sglang"])
     servings = serving_configs(
         clones["sgl_cookbook"], request.hf_repo_id, model, options.gpu_memory_gb
     )
-    specs, not_produced = required_kernels(model, servings)
+    sources = read_sources(clones["flashinfer"], clones["sglang"], shas, cache)
+    published = dataset.published_definitions(clones["flashinfer_trace"])
+    return take(model, servings, sources, published)
+
+
+def read_sources(flashinfer: Path, sglang: Path, shas: Mapping[str, str], cache: Path) -> Sources:
+    """Index the two source trees, or take the indexes of these commits from the cache.
+
+    Raises:
+        InputError: a tree is not what it should be.
+    """
+    folder = cache / "sources"
+    return Sources(
+        flashinfer=cached(
+            folder, FlashInferIndex, shas["flashinfer"], lambda: index_flashinfer(flashinfer)
+        ),
+        sglang=cached(folder, SglangIndex, shas["sglang"], lambda: index_sglang(sglang)),
+        shas=shas,
+    )
+
+
+def take(
+    model: ModelConfig,
+    servings: list[Serving],
+    sources: Sources | None = None,
+    published: Mapping[str, str] | None = None,
+) -> Inventory:
+    """Compute a model's kernels and classify them by what is at hand.
+
+    Raises:
+        ConfigError: a field that an op module needs is missing or wrong.
+    """
+    where, path = "", ""
+    if sources:
+        where = model_class(model, sources.sglang, sources.shas["sglang"])
+        path = sources.sglang.architectures.get(model.architecture, "")
+    needed = requirements(model, servings, path)
     return Inventory(
         model=model,
-        model_class=model_class,
+        model_class=where,
         servings=servings,
-        kernels=[classify(spec, sources) for spec in specs],
-        not_produced=not_produced,
+        kernels=[classify(spec, sources, published) for spec in needed.kernels],
+        rejected=needed.rejected,
+        unmapped=needed.unmapped,
     )

@@ -45,12 +45,14 @@ def discover_kernels(
     def record(run: RunManifest) -> None:
         run.repo_shas = RepoShas(**shas)
         run.hf_repo_id = run.hf_repo_id or request.hf_repo_id
-        manifest.merge_discovery(run, found.kernels, refresh=request.refresh)
+        entries = [kernel.entry() for kernel in found.kernels]
+        manifest.merge_discovery(run, entries, refresh=request.refresh)
         extra = {
             "architecture": found.model.architecture,
             "model_class": found.model_class,
             "serving": [vars(serving) for serving in found.servings],
-            "not_produced": [vars(item) for item in found.not_produced],
+            "rejected": [vars(item) for item in found.rejected],
+            "unmapped": [vars(item) for item in found.unmapped],
             "phase1_fingerprint": found.fingerprint,
         }
         for key, value in extra.items():

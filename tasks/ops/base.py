@@ -45,8 +45,8 @@ class KernelSpec(BaseModel):
     ep: tuple[int, ...] = ()
     scalars: dict[str, Scalar] = {}
     """Scalar inputs that no dump carries, from the model config."""
-    constants: dict[str, int | float] = {}
-    """Values baked into the reference (a norm's epsilon, a router's groups)."""
+    constants: dict[str, int | float | str] = {}
+    """What is baked into the reference (a norm's epsilon, a router's method and groups)."""
     origin: tuple[str, ...] = ()
     """The formula and the serving configuration it came from."""
 
@@ -63,10 +63,23 @@ class KernelSpec(BaseModel):
 
 @dataclass(frozen=True)
 class NotProduced:
-    """A part of the model for which no definition is produced, and why; listed, not dropped."""
+    """A kernel that cannot exist under a serving configuration, and why; listed, not dropped."""
 
     what: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Unmapped:
+    """A part of the model that no op module maps to a kernel, and why; listed, not dropped."""
+
+    what: str
+    reason: str
+    sglang_file: str = ""
+    """Where SGLang implements it, where that is known."""
+
+
+Requirement = KernelSpec | NotProduced | Unmapped
 
 
 @dataclass(frozen=True)
@@ -215,12 +228,23 @@ class OpModule(ABC):
     """
 
     op_type: ClassVar[str]
-    architectures: ClassVar[frozenset[str]] = frozenset()
-    """Model classes mapped here although SGLang does not serve them."""
+    apis: ClassVar[tuple[FlashInferApi, ...]] = ()
+    """Every FlashInfer API this family may run, whatever the model."""
+
+    any_architecture: ClassVar[bool] = False
+    """Whether `required` may be asked about a model class that nobody has read."""
+
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """Whether layers of this kind (`model.mixers`) run kernels of this family."""
+        return False
 
     @abstractmethod
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
-        """Yield the kernels of this family that the model needs when served so."""
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """Yield the kernels of this family that the model needs when served so.
+
+        Raises:
+            ConfigError: a field that this family reads is missing or wrong.
+        """
 
     @abstractmethod
     def provider(self, spec: KernelSpec) -> Provider:
@@ -260,6 +284,20 @@ def register(module: type[OpModule]) -> type[OpModule]:
 def registry() -> Mapping[str, OpModule]:
     """Return the registered op modules by op type."""
     return _REGISTRY
+
+
+def definition_tags(
+    spec: KernelSpec, provider: Provider, own: Sequence[str], model_slug: str
+) -> list[str]:
+    """Return a definition's tags: its family's own, then status, model, API and parallelism."""
+    tags = [
+        *own,
+        "status:unverified" if isinstance(provider, NoKernel) else "status:verified",
+        f"model:{model_slug}",
+    ]
+    if isinstance(provider, FlashInferApi):
+        tags.append(f"fi_api:{provider.path}")
+    return tags + [f"tp:{tp}" for tp in spec.tp] + [f"ep:{ep}" for ep in spec.ep]
 
 
 def var(description: str) -> Json:

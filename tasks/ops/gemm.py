@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tasks.model import ModelConfig, Serving
+from tasks.model import Attention, ModelConfig, Serving
 from tasks.ops.base import (
     Json,
     KernelSpec,
+    NotProduced,
     OpModule,
+    Requirement,
     TorchOnly,
     const,
     register,
@@ -16,7 +18,8 @@ from tasks.ops.base import (
     var,
 )
 
-_OUTPUT_GATE_MODEL_TYPES = ("qwen3_next", "qwen3_5")
+_SPLIT_MODEL_TYPES = ("gemma3",)
+"""Models whose published definitions split the projections that SGLang fuses; both are listed."""
 
 _REFERENCE = """\
 import torch
@@ -30,37 +33,84 @@ def run(A, B):
 
 @register
 class Gemm(OpModule):
-    """`gemm_n{N}_k{K}`, unsharded, as the dataset has them."""
+    """`gemm_n{N}_k{K}` of every linear layer, whole and as one tensor-parallel rank has it.
+
+    The published definitions are mostly the whole layers. Column-parallel layers (qkv, gate and up)
+    divide N by tp, row-parallel ones (output, down) divide K.
+    """
 
     op_type = "gemm"
+    any_architecture = True
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec]:
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
         """Fused qkv, output, fused gate/up, down and router projections (weights `[N, K]`)."""
-        hidden, dim = model.hidden_size, model.head_dim
-        if model.has_softmax_attention and not model.is_mla:
-            # qwen3_next.py: qkv_proj has the output gate's heads too.
-            gated = model.model_type.startswith(_OUTPUT_GATE_MODEL_TYPES)
-            heads = model.num_heads * (2 if gated else 1)
-            yield self._spec((heads + 2 * model.num_kv_heads) * dim, hidden, "qkv_proj")
-            yield self._spec(hidden, model.num_heads * dim, "o_proj")
-        if model.linear_attention_layers:
+        hidden, tp = model.hidden_size, serving.tp
+        for attention in model.attentions:
+            yield from self._attention(model, attention, tp)
+        if model.model_type.startswith("minimax") and model.mixers.get("linear_attention"):
             # modeling_minimax_m1.py, MiniMaxM1LightningAttention: qkv_proj, output_gate, out_proj.
-            yield self._spec(3 * model.num_heads * dim, hidden, "linear attention qkv_proj")
-            yield self._spec(model.num_heads * dim, hidden, "linear attention output_gate")
-            yield self._spec(hidden, model.num_heads * dim, "linear attention out_proj")
-        if model.moe_layers < model.num_layers and model.intermediate_size:
-            yield self._spec(2 * model.intermediate_size, hidden, "gate_up_proj")
-            yield self._spec(hidden, model.intermediate_size, "down_proj")
-        if model.moe:
-            yield self._spec(model.moe.num_experts, hidden, "router gate")
+            inner = model.num_heads * model.head_dim
+            yield from self._layer(3 * inner, hidden, "linear attention qkv_proj", columns=tp)
+            yield from self._layer(inner, hidden, "linear attention output_gate", columns=tp)
+            yield from self._layer(hidden, inner, "linear attention out_proj", rows=tp)
+        for width in model.dense_widths:
+            name, columns = ("gate_up_proj", 2) if model.gated_mlp else ("up_proj", 1)
+            yield from self._layer(columns * width, hidden, name, columns=tp)
+            yield from self._layer(hidden, width, "down_proj", rows=tp)
+            if model.model_type.startswith(_SPLIT_MODEL_TYPES):
+                yield from self._layer(width, hidden, "gate_proj or up_proj alone", columns=1)
+        if model.moe and model.moe_layers:
+            yield from self._layer(model.moe.num_experts, hidden, "router gate", columns=1)
 
-    def _spec(self, n: int, k: int, layer: str) -> KernelSpec:
+    def _attention(
+        self, model: ModelConfig, attention: Attention, tp: int
+    ) -> Iterator[Requirement]:
+        hidden = model.hidden_size
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        key, value = attention.head_dim, attention.v_head_dim
+        # qwen3_next.py, qwen3_5.py: qkv_proj has the output gate's heads too.
+        gated = model.fields.flag("attn_output_gate")
+        if gated is None:
+            gated = model.model_type.startswith("qwen3_next")
+
+        def fused(queries: int, keys: int) -> int:
+            return queries * key * (2 if gated else 1) + keys * (key + value)
+
+        whole = fused(heads, kv_heads)
+        yield self._spec(whole, hidden, "qkv_proj")
+        if tp > 1 and heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0):
+            yield self._spec(fused(heads // tp, max(1, kv_heads // tp)), hidden, "qkv_proj", tp)
+        yield from self._layer(hidden, heads * value, "o_proj", rows=tp)
+        if model.model_type.startswith(_SPLIT_MODEL_TYPES):
+            yield from self._layer(heads * key, hidden, "q_proj alone", columns=1)
+            yield from self._layer(kv_heads * key, hidden, "k_proj or v_proj alone", columns=1)
+
+    def _layer(
+        self, n: int, k: int, layer: str, columns: int = 1, rows: int = 1
+    ) -> Iterator[Requirement]:
+        """Yield a layer whole, and divided where tensor parallelism divides it."""
+        yield self._spec(n, k, layer)
+        if columns * rows == 1:
+            return
+        if n % columns or k % rows:
+            yield NotProduced(
+                f"{layer} at tp={columns * rows}",
+                f"tp={columns * rows} does not divide N={n}"
+                if n % columns
+                else f"tp={rows} does not divide K={k}",
+            )
+            return
+        yield self._spec(n // columns, k // rows, layer, columns * rows)
+
+    def _spec(self, n: int, k: int, layer: str, tp: int | None = None) -> KernelSpec:
+        shard = f" of one rank at tp={tp}" if tp else ""
         return KernelSpec(
             name=f"gemm_n{n}_k{k}",
             op_type=self.op_type,
             variant="gemm",
             axes={"N": n, "K": k},
-            origin=(f"{layer}: N={n}, K={k}",),
+            tp=(tp,) if tp else (),
+            origin=(f"{layer}{shard}: N={n}, K={k}",),
         )
 
     def provider(self, spec: KernelSpec) -> TorchOnly:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 
-from tasks.model import ModelConfig, Serving
+from tasks.model import SOFTMAX, ModelConfig, Serving
 from tasks.ops.base import (
     Call,
     DumpError,
@@ -29,9 +30,11 @@ from tasks.ops.base import (
     NotProduced,
     OpModule,
     Rejected,
+    Requirement,
     Row,
     Scalar,
     TemplateCall,
+    Unmapped,
     check_axes,
     const,
     register,
@@ -41,13 +44,13 @@ from tasks.ops.base import (
     var,
 )
 
+_UNSCALED_MODEL_TYPES = ("gemma3n", "gemma4")
+"""Models that normalise q and k and do not scale (`gemma3n_causal.py`, `gemma4_causal.py`)."""
 _LAYER = "python/sglang/srt/layers/attention/flashinfer_backend.py"
 _FLAGS = ("--attention-backend flashinfer",)
 _DECODE = "BatchDecodeWithPagedKVCacheWrapper"
 _PAGED = "BatchPrefillWithPagedKVCacheWrapper"
 _RAGGED = "BatchPrefillWithRaggedKVCacheWrapper"
-_PAGE_SIZES = (1, 64)
-"""SGLang's own (1), and the size the dataset also publishes."""
 
 _HEADER = """\
 import math
@@ -192,35 +195,44 @@ def run({arguments}):
 """
 
 
-def _has_gqa(model: ModelConfig) -> bool:
-    return model.has_softmax_attention and not model.is_mla
+def _shards(
+    model: ModelConfig, serving: Serving
+) -> Iterator[tuple[dict[str, int], Scalar, str] | NotProduced | Unmapped]:
+    """Yield one rank's head counts and head_dim, the scale and the origin, per kind of layer."""
+    for attention, layers in model.attentions.items():
+        heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        if attention.v_head_dim != dim:
+            yield Unmapped(
+                f"attention of {layers} layers",
+                f"keys are {dim} and values {attention.v_head_dim} wide; paged and ragged GQA "
+                "definitions have one head_dim",
+            )
+        elif heads % serving.tp or (kv_heads % serving.tp and serving.tp % kv_heads):
+            yield NotProduced(
+                f"attention at tp={serving.tp}",
+                f"tp={serving.tp} does not divide {heads} query and {kv_heads} KV heads",
+            )
+        else:
+            axes = {
+                "num_qo_heads": heads // serving.tp,
+                "num_kv_heads": max(1, kv_heads // serving.tp),
+                "head_dim": dim,
+            }
+            origin = f"{heads} query and {kv_heads} KV heads at tp={serving.tp} ({serving.origin})"
+            yield axes, _softmax_scale(model, dim), origin
 
 
-def _heads(model: ModelConfig, serving: Serving) -> tuple[int, int] | NotProduced:
-    """Query and KV heads of one rank."""
-    heads, kv_heads = model.num_heads, model.num_kv_heads
-    if model.raw.get("v_head_dim") not in (None, model.head_dim):
-        return NotProduced(
-            "attention",
-            f"v_head_dim {model.raw['v_head_dim']} differs from head_dim {model.head_dim}",
-        )
-    if heads % serving.tp or (kv_heads % serving.tp and serving.tp % kv_heads):
-        return NotProduced(
-            f"attention at tp={serving.tp}",
-            f"tp={serving.tp} does not divide {heads} query and {kv_heads} KV heads",
-        )
-    return heads // serving.tp, max(1, kv_heads // serving.tp)
-
-
-def _softmax_scale(model: ModelConfig) -> Scalar:
+def _softmax_scale(model: ModelConfig, head_dim: int) -> Scalar:
     """The attention scale as SGLang's model files compute it."""
     for field, power in (("query_pre_attn_scalar", -0.5), ("attention_multiplier", 1.0)):
-        value = model.raw.get(field)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            return Scalar(value=float(value) ** power, source=f"config.json {field} = {value}")
+        value = model.fields.number(field)
+        if value is not None:
+            return Scalar(value=value**power, source=f"config.json {field} = {value:g}")
+    if model.model_type.startswith(_UNSCALED_MODEL_TYPES):
+        return Scalar(value=1.0, source=f"scaling of SGLang's model file for {model.model_type}")
     return Scalar(
-        value=1 / math.sqrt(model.head_dim),
-        source=f"1/sqrt(head_dim) with config.json head_dim = {model.head_dim}",
+        value=1 / math.sqrt(head_dim),
+        source=f"1/sqrt(head_dim) with config.json head_dim = {head_dim}",
     )
 
 
@@ -266,56 +278,54 @@ _AXES = {
 }
 
 
+def _api(module: str, wrapper: str) -> FlashInferApi:
+    return FlashInferApi(
+        path=f"flashinfer.{module}.{wrapper}",
+        method="run",
+        dumps=(f"{wrapper}.plan", f"{wrapper}.run"),
+        server_flags=_FLAGS,
+        sglang_layer=_LAYER,
+    )
+
+
 @register
 class GqaPaged(OpModule):
     """Decode and causal prefill over a paged KV cache."""
 
     op_type = "gqa_paged"
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
-        """Both stages at both page sizes."""
-        if model.is_mla:
-            yield NotProduced("attention", "no op module for multi-head latent attention")
-        if not _has_gqa(model):
-            return
-        heads = _heads(model, serving)
-        if isinstance(heads, NotProduced):
-            yield heads
-            return
-        for stage in ("decode", "prefill"):
-            for page_size in _PAGE_SIZES:
-                axes = {
-                    "num_qo_heads": heads[0],
-                    "num_kv_heads": heads[1],
-                    "head_dim": model.head_dim,
-                    "page_size": page_size,
-                }
+    apis = (_api("decode", _DECODE), _api("prefill", _PAGED))
+
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """Softmax attention with keys and values of its own."""
+        return kind in SOFTMAX and not model.is_mla
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """Both stages at every page size, for every kind of attention layer."""
+        for shard in _shards(model, serving):
+            if isinstance(shard, NotProduced | Unmapped):
+                yield shard
+                continue
+            heads, scale, origin = shard
+            for stage, page_size in product(("decode", "prefill"), serving.page_sizes):
                 prefix = "gqa_paged_decode" if stage == "decode" else "gqa_paged_prefill_causal"
                 yield KernelSpec(
-                    name=f"{prefix}_{_name_axes(axes)}_ps{page_size}",
+                    name=f"{prefix}_{_name_axes(heads)}_ps{page_size}",
                     op_type=self.op_type,
                     variant=stage,
-                    axes=axes,
+                    axes={**heads, "page_size": page_size},
                     tp=(serving.tp,),
-                    scalars={"sm_scale": _softmax_scale(model)},
-                    origin=(
-                        f"{model.num_heads} query and {model.num_kv_heads} KV heads at "
-                        f"tp={serving.tp} ({serving.origin})",
-                    ),
+                    scalars={"sm_scale": scale},
+                    origin=(origin,),
                 )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """The batch wrappers that SGLang's flashinfer attention backend plans and runs."""
-        wrapper = _DECODE if spec.variant == "decode" else _PAGED
-        module = "decode" if spec.variant == "decode" else "prefill"
-        flags = _FLAGS if spec.axes["page_size"] == 1 else (*_FLAGS, "--page-size 64")
-        return FlashInferApi(
-            path=f"flashinfer.{module}.{wrapper}",
-            method="run",
-            dumps=(f"{wrapper}.plan", f"{wrapper}.run"),
-            server_flags=flags,
-            sglang_layer=_LAYER,
-        )
+        api = self.apis[0 if spec.variant == "decode" else 1]
+        page_size = spec.axes["page_size"]
+        if page_size == 1:
+            return api
+        return replace(api, server_flags=(*_FLAGS, f"--page-size {page_size}"))
 
     def template_call(self, spec: KernelSpec) -> TemplateCall | None:
         """Trusted at page size 1; the templates know no `kv_last_page_len`."""
@@ -496,37 +506,32 @@ class GqaRagged(OpModule):
 
     op_type = "gqa_ragged"
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
-        """One kernel per serving configuration."""
-        if not _has_gqa(model):
-            return
-        heads = _heads(model, serving)
-        if isinstance(heads, NotProduced):
-            yield heads
-            return
-        axes = {"num_qo_heads": heads[0], "num_kv_heads": heads[1], "head_dim": model.head_dim}
-        yield KernelSpec(
-            name=f"gqa_ragged_prefill_causal_{_name_axes(axes)}",
-            op_type=self.op_type,
-            variant="prefill",
-            axes=axes,
-            tp=(serving.tp,),
-            scalars={"sm_scale": _softmax_scale(model)},
-            origin=(
-                f"{model.num_heads} query and {model.num_kv_heads} KV heads at tp={serving.tp} "
-                f"({serving.origin})",
-            ),
-        )
+    apis = (_api("prefill", _RAGGED),)
+
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """Softmax attention with keys and values of its own."""
+        return kind in SOFTMAX and not model.is_mla
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """One kernel for every kind of attention layer."""
+        for shard in _shards(model, serving):
+            if isinstance(shard, NotProduced | Unmapped):
+                yield shard
+                continue
+            axes, scale, origin = shard
+            yield KernelSpec(
+                name=f"gqa_ragged_prefill_causal_{_name_axes(axes)}",
+                op_type=self.op_type,
+                variant="prefill",
+                axes=axes,
+                tp=(serving.tp,),
+                scalars={"sm_scale": scale},
+                origin=(origin,),
+            )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """The ragged wrapper, which SGLang uses for prefill unless told otherwise."""
-        return FlashInferApi(
-            path=f"flashinfer.prefill.{_RAGGED}",
-            method="run",
-            dumps=(f"{_RAGGED}.plan", f"{_RAGGED}.run"),
-            server_flags=_FLAGS,
-            sglang_layer=_LAYER,
-        )
+        return self.apis[0]
 
     def template_call(self, spec: KernelSpec) -> TemplateCall:
         """Queries, keys and values of 100 tokens in 8 sequences."""

@@ -15,6 +15,7 @@ from tasks.ops.base import (
     NoKernel,
     NotProduced,
     OpModule,
+    Requirement,
     const,
     register,
     tensor,
@@ -65,11 +66,15 @@ class LightningAttention(OpModule):
     """`lightning_attn_{decode|prefill}_h{heads}_d{head_dim}`, heads sharded by tp."""
 
     op_type = "lightning_attn"
-    architectures = frozenset({"MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"})
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
-        """Both stages, for models whose `attn_type_list` names linear layers."""
-        if not model.linear_attention_layers:
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """MiniMax's linear layers."""
+        return kind == "linear_attention" and model.model_type.startswith("minimax")
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """Both stages."""
+        layers = model.mixers.get("linear_attention", 0)
+        if not layers or not self.mixes("linear_attention", model):
             return
         if model.num_heads % serving.tp:
             yield NotProduced(
@@ -86,9 +91,8 @@ class LightningAttention(OpModule):
                 axes={"num_heads": heads, "head_dim": model.head_dim},
                 tp=(serving.tp,),
                 origin=(
-                    f"{model.linear_attention_layers} of {model.num_layers} layers in "
-                    f"attn_type_list, {model.num_heads} heads at tp={serving.tp} "
-                    f"({serving.origin})",
+                    f"{layers} of {model.num_layers} layers are linear attention, "
+                    f"{model.num_heads} heads at tp={serving.tp} ({serving.origin})",
                 ),
             )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from tasks.model import ModelConfig, Moe, Serving
 from tasks.ops.base import (
@@ -15,7 +16,9 @@ from tasks.ops.base import (
     KernelSpec,
     NotProduced,
     OpModule,
+    Requirement,
     Scalar,
+    Unmapped,
     const,
     register,
     scalar,
@@ -25,6 +28,53 @@ from tasks.ops.base import (
 
 _BLOCK = 128
 """Side of a block that shares one FP8 scale."""
+
+
+class _Routing(Enum):
+    """How a router turns logits into experts and weights (FlashInfer's `RoutingMethodType`)."""
+
+    DEEPSEEK = "ds_routing"
+    """Sigmoid scores plus a bias, the best groups, the top k, weights made to add up to one."""
+    RENORMALIZE = "renorm"
+    """Softmax over the top k."""
+    DEFAULT = "default"
+    """The top k of a softmax over all experts."""
+    LLAMA4 = "llama4"
+    """The top k, each weighted by its sigmoid; the weight scales the expert's input."""
+
+
+_VARIANTS = {
+    _Routing.DEEPSEEK: ("fp8_block_scale",),
+    _Routing.RENORMALIZE: (
+        "fp8_block_scale",
+        "fp4_block_scale",
+        "fp4_block_scale_routed",
+        "fp8_per_tensor",
+    ),
+    # The names of the others say nothing of the routing: they are published for one kind each.
+    _Routing.DEFAULT: ("fp8_block_scale", "fp4_block_scale_routed"),
+    _Routing.LLAMA4: ("fp4_block_scale", "fp4_block_scale_routed", "fp8_per_tensor"),
+}
+
+_SIGMOID_MODEL_TYPES = ("glm4_moe", "glm_moe", "nemotron_h", "dots1", "step3", "hunyuan_v3")
+"""Routers that SGLang's model files score by a biased sigmoid although no field says so."""
+_NOT_RENORMALIZING = ("qwen2_moe", "olmoe", "jamba", "grok-1", "deepseek", "ernie4_5_vl")
+"""Model types whose class does not renormalise where `norm_topk_prob` is not stated."""
+_OTHER_ROUTERS = {
+    "gpt_oss": "experts have biases and a clamped SwiGLU, which no definition here has",
+    "phimoe": "the router is a sparse mixer (SparseMixer-v2)",
+    "longcat_flash": "the router has experts that do nothing (zero_expert_num)",
+    "ernie4_5_moe": "the router adds a bias to softmax scores",
+}
+_SCORING = ("scoring_func", "score_function", "moe_router_activation_func", "router_score_function")
+_BIAS = (
+    "use_expert_bias",
+    "use_routing_bias",
+    "use_moe_router_bias",
+    "moe_router_enable_expert_bias",
+)
+_RENORMALIZE = ("norm_topk_prob", "moe_renormalize", "renormalize", "norm_expert_weight")
+_SWIGLU = ("silu", "swish", "swiglu", None)
 
 
 @dataclass(frozen=True)
@@ -113,6 +163,23 @@ _ROUTE_RENORMALIZE = """\
 
 """
 
+_ROUTE_DEFAULT = """\
+    # Default routing: softmax over all experts, then the k most likely as they are.
+    scores = torch.softmax(routing_logits.to(torch.float32), dim=-1)
+    probabilities, chosen = torch.topk(scores, k=top_k, dim=-1)
+    offset = 0
+
+"""
+
+_ROUTE_LLAMA4 = """\
+    # Llama 4 routing: top-k of the logits, the sigmoid of each scales its expert's input. The
+    # kernel takes routing_bias and does not use it.
+    top_logits, chosen = torch.topk(routing_logits.to(torch.float32), k=top_k, dim=-1)
+    probabilities = torch.sigmoid(top_logits)
+    offset = 0
+
+"""
+
 _ROUTE_DEEPSEEK = """\
     # DeepSeek-V3 routing: sigmoid scores, groups chosen by their two best biased scores, the
     # top-k experts of those groups, weights from the unbiased scores.
@@ -150,19 +217,57 @@ _EXPERTS = """\
         if tokens.numel() == 0:
             continue
         w13, w2 = weights(e)
-        up, gate = (x[tokens] @ w13.t()).split(intermediate_size, dim=-1)
+        weight = probabilities[tokens, slots].unsqueeze(-1)
+        up, gate = ({scaled} @ w13.t()).split(intermediate_size, dim=-1)
         expert = (torch.nn.functional.silu(gate) * up) @ w2.t()
-        output.index_add_(0, tokens, expert * probabilities[tokens, slots].unsqueeze(-1))
+        output.index_add_(0, tokens, {added})
     return output.to(torch.bfloat16)
 """
 
 
-def _is_deepseek(moe: Moe) -> bool:
-    return moe.scoring == "sigmoid" and moe.num_groups is not None and moe.topk_group is not None
+def _routing(model: ModelConfig, moe: Moe) -> _Routing | str:
+    """Return how the model routes, or why no kernel here routes so."""
+    fields, model_type = model.fields, model.model_type
+    activation = fields.text("mlp_hidden_act", "hidden_act", "hidden_activation")
+    if model_type in _OTHER_ROUTERS:
+        return _OTHER_ROUTERS[model_type]
+    if activation not in _SWIGLU:
+        return f"experts use {activation}, the definitions SwiGLU"
+    if model_type.startswith("llama4"):
+        return _Routing.LLAMA4
+    biased = fields.text("topk_method") == "noaux_tc" or bool(fields.flag(*_BIAS))
+    if model_type.startswith(_SIGMOID_MODEL_TYPES):
+        biased = True
+    scoring = fields.text(*_SCORING) or ("sigmoid" if biased else "softmax")
+    renormalizes = fields.flag(*_RENORMALIZE)
+    if renormalizes is None:
+        renormalizes = not model_type.startswith(_NOT_RENORMALIZING)
+    grouped = (moe.num_groups or 1) > 1 and fields.text("topk_method") != "greedy"
+    known = {
+        # One group of all experts is no limit: then DeepSeek's routing is a biased sigmoid.
+        ("sigmoid", True, True): _Routing.DEEPSEEK,
+        ("sigmoid", True, False): _Routing.DEEPSEEK if biased or moe.num_groups else None,
+        ("softmax", True, False): _Routing.RENORMALIZE,
+        ("softmax", False, False): _Routing.DEFAULT,
+    }
+    kind = "weights made to add up to one" if renormalizes else "weights as they are"
+    return known.get((scoring, renormalizes, grouped)) or (
+        f"no kernel here routes by {'grouped ' if grouped else ''}"
+        f"{'biased ' if biased else ''}{scoring}, {kind}"
+    )
 
 
-def _routing_scalars(moe: Moe) -> dict[str, Scalar]:
-    factor = moe.routed_scaling_factor
+def _route(spec: KernelSpec) -> str:
+    return {
+        _Routing.DEEPSEEK.value: _ROUTE_DEEPSEEK,
+        _Routing.RENORMALIZE.value: _ROUTE_RENORMALIZE,
+        _Routing.DEFAULT.value: _ROUTE_DEFAULT,
+        _Routing.LLAMA4.value: _ROUTE_LLAMA4,
+    }[str(spec.constants["routing"])]
+
+
+def _routing_scalars(model: ModelConfig) -> dict[str, Scalar]:
+    factor = model.fields.number("routed_scaling_factor")
     if factor is None:
         return {}
     source = f"config.json routed_scaling_factor = {factor:g}"
@@ -175,58 +280,74 @@ class FusedMoe(OpModule):
 
     op_type = "moe"
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
+    apis = tuple(
+        FlashInferApi(
+            path=f"flashinfer.fused_moe.{kernel.api}",
+            dumps=(kernel.api,),
+            server_flags=("--moe-runner-backend flashinfer_trtllm",),
+            sglang_layer=kernel.sglang_layer,
+        )
+        for kernel in _KERNELS.values()
+    )
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
         """The precisions whose routing and shapes the model has."""
         moe = model.moe
-        if moe is None:
+        if moe is None or not model.moe_layers:
+            return
+        routing = _routing(model, moe)
+        if isinstance(routing, str):
+            yield Unmapped("mixture of experts", routing)
             return
         what = f"experts at ep={serving.ep}"
         if moe.num_experts % serving.ep:
             yield NotProduced(what, f"ep={serving.ep} does not divide {moe.num_experts} experts")
             return
-        deepseek = _is_deepseek(moe)
-        if not deepseek and moe.scoring != "softmax":
-            yield NotProduced(what, f"no kernel routes by {moe.scoring} without expert groups")
-            return
-        if not deepseek and not moe.renormalize:
-            yield NotProduced(what, "no kernel here routes by softmax without renormalising")
-            return
-        if model.hidden_size % _BLOCK or moe.intermediate_size % _BLOCK:
+        if moe.hidden_size % _BLOCK or moe.intermediate_size % _BLOCK:
             yield NotProduced(
                 what,
-                f"hidden_size {model.hidden_size} or expert width {moe.intermediate_size} is not "
+                f"hidden_size {moe.hidden_size} or expert width {moe.intermediate_size} is not "
                 f"a multiple of the {_BLOCK}-wide scale blocks",
             )
             return
-        for variant in ("fp8_block_scale",) if deepseek else tuple(_KERNELS):
-            yield self._spec(variant, model, moe, serving)
-
-    def _spec(self, variant: str, model: ModelConfig, moe: Moe, serving: Serving) -> KernelSpec:
         local = moe.num_experts // serving.ep
-        shape = f"e{local}_h{model.hidden_size}_i{moe.intermediate_size}"
+        if moe.top_k > local and routing is not _Routing.DEEPSEEK:
+            yield NotProduced(what, f"{local} experts of a rank are fewer than top_k={moe.top_k}")
+            return
+        variants = _VARIANTS[routing]
+        if model.quantization and model.quantization.width == "fp4":
+            variants = tuple(dict.fromkeys((*variants, "fp4_block_scale_routed")))
+        for variant in variants:
+            yield self._spec(variant, routing, model, moe, serving)
+
+    def _spec(
+        self, variant: str, routing: _Routing, model: ModelConfig, moe: Moe, serving: Serving
+    ) -> KernelSpec:
+        local = moe.num_experts // serving.ep
+        shape = f"e{local}_h{moe.hidden_size}_i{moe.intermediate_size}"
         axes = {
             "num_experts": moe.num_experts,
             "num_local_experts": local,
-            "hidden_size": model.hidden_size,
+            "hidden_size": moe.hidden_size,
             "intermediate_size": moe.intermediate_size,
             "top_k": moe.top_k,
         }
-        constants: dict[str, int | float] = {}
+        constants: dict[str, int | float | str] = {"routing": routing.value}
         name = f"{_KERNELS[variant].api}_topk{moe.top_k}_{shape}"
         if variant == "fp8_block_scale":
-            routing = f"renorm_topk{moe.top_k}"
-            if _is_deepseek(moe):
-                groups, kept = moe.num_groups or 1, moe.topk_group or 1
-                constants = {"n_group": groups, "topk_group": kept}
-                routing = f"ds_routing_topk{moe.top_k}_ng{groups}_kg{kept}"
-            name = f"moe_fp8_block_scale_{routing}_{shape}"
+            groups = ""
+            if routing is _Routing.DEEPSEEK:
+                number, kept = moe.num_groups or 1, moe.topk_group or 1
+                constants |= {"n_group": number, "topk_group": kept}
+                groups = f"_ng{number}_kg{kept}"
+            name = f"moe_fp8_block_scale_{routing.value}_topk{moe.top_k}{groups}_{shape}"
         return KernelSpec(
             name=name,
             op_type=self.op_type,
             variant=variant,
             axes=axes,
             constants=constants,
-            scalars=_routing_scalars(moe) if constants else {},
+            scalars=_routing_scalars(model) if routing is _Routing.DEEPSEEK else {},
             tp=(serving.tp,),
             ep=(serving.ep,),
             origin=(
@@ -237,13 +358,7 @@ class FusedMoe(OpModule):
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """The TensorRT-LLM MoE functions (Blackwell, SM100)."""
-        kernel = _KERNELS[spec.variant]
-        return FlashInferApi(
-            path=f"flashinfer.fused_moe.{kernel.api}",
-            dumps=(kernel.api,),
-            server_flags=("--moe-runner-backend flashinfer_trtllm",),
-            sglang_layer=kernel.sglang_layer,
-        )
+        return self.apis[list(_KERNELS).index(spec.variant)]
 
     def definition(self, spec: KernelSpec) -> Json:
         """Route each token, apply its experts' SwiGLU layers, add them up by weight."""
@@ -280,6 +395,7 @@ class FusedMoe(OpModule):
 
     def _reference(self, spec: KernelSpec, inputs: Json, *parts: str) -> str:
         axes = spec.axes
+        on_input = _ROUTE_LLAMA4 in parts
         return "".join((_HEAD, *parts, _EXPERTS)).format(
             arguments=", ".join(inputs),
             hidden=axes["hidden_size"],
@@ -289,10 +405,12 @@ class FusedMoe(OpModule):
             block=_BLOCK,
             groups=spec.constants.get("n_group"),
             topk_group=spec.constants.get("topk_group"),
+            scaled="(weight * x[tokens])" if on_input else "x[tokens]",
+            added="expert" if on_input else "weight * expert",
         )
 
     def _fp8_block_scale(self, spec: KernelSpec) -> Json:
-        deepseek = "n_group" in spec.constants
+        deepseek = spec.constants["routing"] == _Routing.DEEPSEEK.value
         blocks = {
             "num_hidden_blocks": spec.axes["hidden_size"] // _BLOCK,
             "num_intermediate_blocks": spec.axes["intermediate_size"] // _BLOCK,
@@ -329,14 +447,13 @@ class FusedMoe(OpModule):
         if deepseek:
             inputs["local_expert_offset"] = scalar("int32", "First expert of this rank.")
             inputs["routed_scaling_factor"] = scalar("float32", "Factor of all weights.")
-        route = _ROUTE_DEEPSEEK if deepseek else _ROUTE_RENORMALIZE
         return {
             "axes": {
                 **self._axes(spec, experts),
                 **{name: const(n, f"{_BLOCK}-wide blocks.") for name, n in blocks.items()},
             },
             "inputs": inputs,
-            "reference": self._reference(spec, inputs, _DEQUANTIZE_BLOCKS, route),
+            "reference": self._reference(spec, inputs, _DEQUANTIZE_BLOCKS, _route(spec)),
         }
 
     def _one_rank(self, spec: KernelSpec) -> Json:
@@ -352,6 +469,8 @@ class FusedMoe(OpModule):
         inputs = {
             "routing_logits": tensor(["seq_len", "num_experts"], "bfloat16", "Router logits.")
         }
+        if spec.constants["routing"] == _Routing.LLAMA4.value:
+            inputs["routing_bias"] = tensor(["num_experts"], "bfloat16", "Taken and not used.")
         if routed:
             inputs = {
                 "topk_ids": tensor(["seq_len", "top_k"], "int32", "Expert and weight, packed.")
@@ -380,6 +499,6 @@ class FusedMoe(OpModule):
                 local,
                 inputs,
                 _SCALED_WEIGHTS if per_tensor else _PLAIN_WEIGHTS,
-                _ROUTE_PRECOMPUTED if routed else _ROUTE_RENORMALIZE,
+                _ROUTE_PRECOMPUTED if routed else _route(spec),
             ),
         }

@@ -12,11 +12,12 @@ from tasks.ops.base import (
     Json,
     KernelSpec,
     MetaTensor,
-    NotProduced,
     OpModule,
     Rejected,
+    Requirement,
     Row,
     TemplateCall,
+    Unmapped,
     check_axes,
     const,
     register,
@@ -25,11 +26,13 @@ from tasks.ops.base import (
     var,
 )
 
-_QK_NORM_MODEL_TYPES = frozenset({"qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text"})
-"""Models whose attention normalises q and k per head (`q_norm`, `k_norm` in SGLang's qwen3.py)."""
+_QK_NORM_MODEL_TYPES = ("qwen3", "gemma3", "gemma4", "exaone4", "dots1", "step3p5", "lfm2", "sdar")
+"""Models (or what their types begin with) whose attention normalises q and k per head without a
+field that says so: `q_norm` and `k_norm` over head_dim in SGLang's model files."""
+_QK_NORM_FIELDS = ("use_qk_norm", "qk_norm", "use_qk_layernorm")
 
-_GEMMA_MODEL_TYPES = ("gemma",)
-"""Gemma scales by (1 + weight): another kernel (`gemma_rmsnorm`), not this op type's."""
+_ONE_PLUS_WEIGHT = ("gemma", "qwen3_next", "qwen3_5")
+"""Models whose norms scale by 1 + weight (`GemmaRMSNorm`): the same kernel, given that sum."""
 
 _TEMPLATE_EPS = 1e-6
 """The epsilon in FlashInfer's own trace templates."""
@@ -88,40 +91,65 @@ def run(hidden_states, residual, weight):
 """
 
 
+def _api(function: str) -> FlashInferApi:
+    return FlashInferApi(
+        path=f"flashinfer.norm.{function}",
+        dumps=(function,),
+        sglang_layer="python/sglang/srt/layers/layernorm.py",
+    )
+
+
 @register
 class RmsNorm(OpModule):
     """`rmsnorm_h{hidden}` and `fused_add_rmsnorm_h{hidden}`; not sharded by tensor parallelism."""
 
     op_type = "rmsnorm"
 
-    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
-        """Input and post-attention norms over hidden_size, q/k norms over head_dim."""
-        if model.rms_norm_eps is None or model.model_type.startswith(_GEMMA_MODEL_TYPES):
-            yield NotProduced("norms", f"{model.model_type or 'the model'} has no plain RMSNorm")
+    any_architecture = True
+    apis = (_api("rmsnorm"), _api("fused_add_rmsnorm"))
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """Input and post-attention norms, and those inside attention."""
+        if model.rms_norm_eps is None:
+            yield Unmapped("norms", "the config states no epsilon of an RMSNorm")
             return
         hidden, eps = model.hidden_size, model.rms_norm_eps
-        yield self._spec("rmsnorm", hidden, eps, "hidden_size")
-        yield self._spec("fused_add_rmsnorm", hidden, eps, "hidden_size")
-        if model.model_type in _QK_NORM_MODEL_TYPES or model.raw.get("use_qk_norm") is True:
-            yield self._spec("rmsnorm", model.head_dim, eps, "head_dim (q_norm, k_norm)")
+        scaled = model.model_type.startswith(_ONE_PLUS_WEIGHT)
+        note = "; weight is 1 + the checkpoint's" if scaled else ""
+        yield self._spec("rmsnorm", hidden, eps, "hidden_size", note)
+        yield self._spec("fused_add_rmsnorm", hidden, eps, "hidden_size", note)
+        if model.is_mla:
+            # deepseek_v2.py: q_a_layernorm, kv_a_layernorm.
+            for field in ("q_lora_rank", "kv_lora_rank"):
+                rank = model.fields.size(field)
+                if rank:
+                    yield self._spec("rmsnorm", rank, eps, field)
+        elif self._normalises_heads(model):
+            for attention in model.attentions:
+                dim = attention.head_dim
+                yield self._spec("rmsnorm", dim, eps, "head_dim (q_norm, k_norm)", note)
 
-    def _spec(self, variant: str, hidden: int, eps: float, field: str) -> KernelSpec:
+    def _normalises_heads(self, model: ModelConfig) -> bool:
+        if model.fields.text("qk_norm_type") == "per_layer":
+            return False  # minimax_m2.py: one norm over all heads, with an all-reduce of its own
+        stated = model.fields.flag(*_QK_NORM_FIELDS)
+        return model.model_type.startswith(_QK_NORM_MODEL_TYPES) if stated is None else stated
+
+    def _spec(
+        self, variant: str, hidden: int, eps: float, field: str, note: str = ""
+    ) -> KernelSpec:
         return KernelSpec(
             name=f"{variant}_h{hidden}",
             op_type=self.op_type,
             variant=variant,
             axes={"hidden_size": hidden},
             constants={"eps": eps},
-            origin=(f"hidden_size = {field} = {hidden}, eps = rms_norm_eps = {eps:g}",),
+            origin=(f"{field} = {hidden}, eps = rms_norm_eps = {eps:g}{note}",),
         )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """FlashInfer's norm functions, which SGLang reaches through sglang-kernel."""
-        return FlashInferApi(
-            path=f"flashinfer.norm.{spec.variant}",
-            dumps=(spec.variant,),
-            sglang_layer="python/sglang/srt/layers/layernorm.py",
-        )
+        return _api(spec.variant)
 
     def template_call(self, spec: KernelSpec) -> TemplateCall | None:
         """The template has its epsilon baked in: trusted only for models that use the same."""

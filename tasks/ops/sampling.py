@@ -85,11 +85,22 @@ def run(probs, {arguments}):
 """
 
 
+def _api(function: str) -> FlashInferApi:
+    return FlashInferApi(
+        path=f"flashinfer.sampling.{function}",
+        dumps=(function,),
+        server_flags=("--sampling-backend flashinfer",),
+        sglang_layer="python/sglang/srt/layers/sampler.py",
+    )
+
+
 @register
 class Sampling(OpModule):
     """`{filter}_sampling_from_probs_v{vocab}`; runs on the whole vocabulary on every rank."""
 
     op_type = "sampling"
+    any_architecture = True
+    apis = tuple(_api(variant) for variant in _FILTERS)
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec]:
         """The three filters over the model's vocabulary."""
@@ -104,12 +115,7 @@ class Sampling(OpModule):
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """FlashInfer's sampling functions; SGLang's flashinfer sampling backend."""
-        return FlashInferApi(
-            path=f"flashinfer.sampling.{spec.variant}",
-            dumps=(spec.variant,),
-            server_flags=("--sampling-backend flashinfer",),
-            sglang_layer="python/sglang/srt/layers/sampler.py",
-        )
+        return _api(spec.variant)
 
     def template_call(self, spec: KernelSpec) -> TemplateCall:
         """Probabilities and per-sequence thresholds."""

