@@ -75,6 +75,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 """What transformers' config classes hold where a *nested* config is silent: of a nested config only
 the differences to its class's defaults are saved (`PretrainedConfig.to_diff_dict`)."""
 
+_EXPERT_HIDDEN = ("moe_latent_size", "routed_expert_hidden_size")
 _RMS_EPS = ("rms_norm_eps", "rms_norm_epsilon")
 _OTHER_EPS = ("norm_eps", "norm_epsilon", "layernorm_epsilon", "layer_norm_epsilon")
 _RMS_MODEL_TYPES = (
@@ -305,7 +306,7 @@ def _moe(fields: Fields) -> Moe | None:
         num_experts=experts,
         top_k=top_k,
         intermediate_size=width,
-        hidden_size=fields.size("moe_latent_size") or fields.required_size(*HIDDEN),
+        hidden_size=fields.required_size(*_EXPERT_HIDDEN, *HIDDEN),
         num_groups=fields.count("n_group", "num_expert_group") or None,
         topk_group=fields.count("topk_group", "num_limited_groups") or None,
     )
@@ -391,7 +392,7 @@ def parse_config(
         mapped=mapped,
         model_type=model_type,
         hidden_size=fields.required_size(*HIDDEN),
-        vocab_size=fields.required_size("padded_vocab_size", "vocab_size"),
+        vocab_size=fields.size("padded_vocab_size") or fields.required_size("vocab_size"),
         layers=read_layers(fields, mapped=mapped),
         gated_mlp=_is_gated(fields, model_type),
         rms_norm_eps=_rms_norm_eps(fields, model_type),

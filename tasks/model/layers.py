@@ -44,8 +44,8 @@ _MIXER_AND_FFN_ALTERNATE = frozenset({"mlp", "moe", "-", "E"})
 _MAMBA_FIELDS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "mamba_d_state")
 _NEMOTRON_H = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
-HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "model_dim", "embedding_dim")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 KV_HEADS = (
     "num_key_value_heads",
@@ -59,6 +59,8 @@ KV_HEADS = (
 HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "head_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WIDTH = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "inner_hidden_size")
+_DENSE_WIDTH = ("intermediate_size_mlp", "dense_intermediate_size", "block_ff_dim")
+"""Where `intermediate_size` is the experts' width, and what LFM2 once called it."""
 _WITHOUT_ATTENTION = ("rwkv", "xlstm", "hyena")
 _FOUR_TIMES_HIDDEN = frozenset(
     {"gpt2", "gptj", "gpt_bigcode", "bloom", "falcon", "RefinedWeb", "RefinedWebModel", "mpt"}
@@ -352,7 +354,13 @@ def _expert_layers(fields: Fields, number: int) -> Callable[[int], bool]:
 
 def _widths(fields: Fields, number: int) -> list[int] | None:
     """Return the width of each layer's dense feed-forward part, if it has one."""
-    widths = fields.per_layer(number, "intermediate_size_mlp", *_WIDTH)
+    widths = fields.per_layer(number, *_DENSE_WIDTH, *_WIDTH)
+    if widths and fields.flag("block_auto_adjust_ff_dim"):
+        # As Lfm2MLP in lfm2.py does.
+        scale = fields.number("block_ffn_dim_multiplier") or 1.0
+        step = fields.required_size("block_multiple_of")
+        scaled = [int(scale * int(2 * width / 3)) for width in widths]
+        return [width + -width % step for width in scaled]
     if widths and fields.text("model_type") == "qwen":
         return [width // 2 for width in widths]  # qwen.py: gate and up share intermediate_size
     if widths is None and fields.text("model_type") in _FOUR_TIMES_HIDDEN:
