@@ -1,0 +1,308 @@
+"""dsa_paged: DeepSeek sparse attention, a latent attention that reads only chosen tokens.
+
+A small indexer scores every cached token for each query and keeps the best `index_topk`; the sparse
+attention then reads only those from the latent cache (DeepSeek-V3.2, GLM-5).
+
+Query heads are sharded as in mla.py. The indexer's are not: its projections are replicated
+(sglang/srt/layers/attention/dsa/dsa_indexer.py: Indexer, `self.n_heads = index_n_heads`), and its
+cache has pages of 64 tokens whatever the serving options (`assert page_size == 64` there and in
+sglang/srt/mem_cache/memory_pool.py: DSATokenToKVPool).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.model import ModelConfig, Serving
+from tasks.ops.base import (
+    FlashInferApi,
+    Json,
+    KernelSpec,
+    NoKernel,
+    NotProduced,
+    OpModule,
+    Provider,
+    const,
+    register,
+    tensor,
+    var,
+)
+from tasks.ops.mla import (
+    LATENT_AXES,
+    latent_axes,
+    latent_heads,
+    latent_inputs,
+    latent_outputs,
+    latent_scale,
+    softmax_scale,
+)
+
+_LAYER = "python/sglang/srt/layers/attention/dsa_backend.py"
+_INDEXER = "python/sglang/srt/layers/attention/dsa/dsa_indexer.py"
+_INDEX_PAGE = 64
+_INDEX_HEAD_DIM = 128
+_SCALE_BYTES = 4
+"""A token's key has one float32 scale: SGLang quantises blocks of 128, which is the whole key
+(memory_pool.py: DSATokenToKVPool, `quant_block_size`, `assert index_head_dim == 128`)."""
+
+_SPARSE = """\
+import math
+
+import torch
+
+
+@torch.no_grad()
+def run(q_nope, q_pe, ckv_cache, kpe_cache, sparse_indices, sm_scale):
+    num_tokens, num_qo_heads, head_dim_ckv = q_nope.shape
+    _, page_size, head_dim_kpe = kpe_cache.shape
+    assert num_qo_heads == {num_qo_heads}
+    assert head_dim_ckv == {head_dim_ckv}
+    assert head_dim_kpe == {head_dim_kpe}
+    assert page_size == {page_size}
+    assert sparse_indices.shape == (num_tokens, {topk})
+
+    # An index counts tokens, page after page; -1 fills up.
+    ckv_tokens, kpe_tokens = ckv_cache.flatten(0, 1), kpe_cache.flatten(0, 1)
+    output = torch.zeros_like(q_nope)
+    lse = torch.full(q_nope.shape[:2], -float("inf"), dtype=torch.float32, device=q_nope.device)
+    for t in range(num_tokens):
+        chosen = sparse_indices[t][sparse_indices[t] != -1].to(torch.long)
+        if chosen.numel() == 0:
+            continue
+        ckv = ckv_tokens[chosen].to(torch.float32)
+        logits = q_nope[t].to(torch.float32) @ ckv.T
+        logits += q_pe[t].to(torch.float32) @ kpe_tokens[chosen].to(torch.float32).T
+        logits *= sm_scale
+        lse[t] = torch.logsumexp(logits, dim=-1) / math.log(2.0)
+        output[t] = (torch.softmax(logits, dim=-1) @ ckv).to(output.dtype)
+    return output, lse
+"""
+
+_TOPK_INDEXER = """\
+import torch
+
+
+def _keys(pages, head_dim):
+    # A page holds the keys of all its tokens, then their scales.
+    data = pages.view(torch.uint8).flatten(1)
+    split = pages.shape[1] * head_dim
+    keys = data[:, :split].contiguous().view(torch.float8_e4m3fn).to(torch.float32)
+    scales = data[:, split:].contiguous().view(torch.float32)
+    return keys.reshape(-1, head_dim) * scales.reshape(-1, 1)
+
+
+@torch.no_grad()
+def run(q_index_fp8, k_index_cache_fp8, weights, seq_lens, block_table):
+    batch_size, num_index_heads, index_head_dim = q_index_fp8.shape
+    _, page_size, kv_cache_num_heads, head_dim_with_scale = k_index_cache_fp8.shape
+    assert num_index_heads == {num_index_heads}
+    assert index_head_dim == {index_head_dim}
+    assert page_size == {page_size}
+    assert kv_cache_num_heads == {kv_cache_num_heads}
+    assert head_dim_with_scale == {head_dim_with_scale}
+    topk = {topk}
+
+    topk_indices = torch.full((batch_size, topk), -1, dtype=torch.int32, device=weights.device)
+    for b in range(batch_size):
+        length = int(seq_lens[b])
+        if length == 0:
+            continue
+        table = block_table[b, : (length + page_size - 1) // page_size].to(torch.long)
+        keys = _keys(k_index_cache_fp8[table], index_head_dim)[:length]
+        scores = torch.relu(q_index_fp8[b].to(torch.float32) @ keys.T)
+        best = torch.topk(weights[b] @ scores, min(topk, length)).indices
+        tokens = table[best // page_size] * page_size + best % page_size
+        topk_indices[b, : tokens.shape[0]] = tokens.to(torch.int32)
+    return topk_indices
+"""
+
+_AXES = {
+    **LATENT_AXES,
+    "topk": "Tokens chosen for each query (index_topk).",
+    "num_index_heads": "Heads of the indexer, the same on every rank (index_n_heads).",
+    "index_head_dim": "Dimension of the indexer's heads (index_head_dim).",
+    "kv_cache_num_heads": "Heads of the index cache: one key for all of the indexer's heads.",
+    "head_dim_with_scale": "Bytes of one key and its float32 scale.",
+}
+
+
+@register
+class DsaPaged(OpModule):
+    """`dsa_sparse_attention_...` at each page size, and `dsa_topk_indexer_fp8_..._ps64`.
+
+    No baseline: FlashInfer's API takes `ckv` and `kpe` as one tensor, so a wrapper would copy the
+    whole cache on each call, and it does not say which base its log-sum-exp has.
+    """
+
+    op_type = "dsa_paged"
+    apis = (
+        FlashInferApi(
+            path="flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla",
+            dumps=("trtllm_batch_decode_with_kv_cache_mla",),
+            # The default on Blackwell with an FP8 cache; the definition's cache is bfloat16
+            # (sglang/srt/arg_groups/overrides.py: _dsa_split_backend_resolution).
+            server_flags=(
+                "--dsa-prefill-backend trtllm",
+                "--dsa-decode-backend trtllm",
+                "--kv-cache-dtype bfloat16",
+            ),
+            sglang_layer=_LAYER,
+        ),
+    )
+
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """Full attention, where the cache is latent and an indexer chooses what is read."""
+        return (
+            kind == "full_attention" and model.is_mla and model.fields.has("index_topk") is not None
+        )
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
+        """The indexer once; the attention at each page size."""
+        if not self.mixes("full_attention", model):
+            return
+        topk = model.fields.required_size("index_topk")
+        yield self._indexer(model, topk)
+        heads = latent_heads(model, serving)
+        if isinstance(heads, NotProduced):
+            yield heads
+            return
+        for page_size in serving.page_sizes:
+            axes = {**latent_axes(model, heads, page_size), "topk": topk}
+            yield KernelSpec(
+                name=(
+                    f"dsa_sparse_attention_h{heads}_ckv{axes['head_dim_ckv']}"
+                    f"_kpe{axes['head_dim_kpe']}_topk{topk}_ps{page_size}"
+                ),
+                op_type=self.op_type,
+                variant="sparse_attention",
+                axes=axes,
+                tp=(serving.tp,),
+                scalars={"sm_scale": softmax_scale(model)},
+                origin=(
+                    f"{model.num_heads} heads at tp={serving.tp}, index_topk = {topk} "
+                    f"({serving.origin})",
+                ),
+            )
+
+    def _indexer(self, model: ModelConfig, topk: int) -> KernelSpec | NotProduced:
+        heads = model.fields.required_size("index_n_heads")
+        head_dim = model.fields.required_size("index_head_dim")
+        if head_dim != _INDEX_HEAD_DIM:
+            return NotProduced(
+                "sparse attention's indexer",
+                f"index_head_dim is {head_dim}; SGLang's FP8 index cache is made for "
+                f"{_INDEX_HEAD_DIM}",
+            )
+        return KernelSpec(
+            name=f"dsa_topk_indexer_fp8_h{heads}_d{head_dim}_topk{topk}_ps{_INDEX_PAGE}",
+            op_type=self.op_type,
+            variant="topk_indexer",
+            axes={
+                "num_index_heads": heads,
+                "index_head_dim": head_dim,
+                "page_size": _INDEX_PAGE,
+                "topk": topk,
+                "kv_cache_num_heads": 1,
+                "head_dim_with_scale": head_dim + _SCALE_BYTES,
+            },
+            origin=(
+                f"index_n_heads = {heads}, index_head_dim = {head_dim}, index_topk = {topk}, "
+                "not sharded",
+            ),
+        )
+
+    def provider(self, spec: KernelSpec) -> Provider:
+        """FlashInfer for the attention (Blackwell only); nothing in it scores and selects."""
+        if spec.variant == "sparse_attention":
+            (api,) = self.apis
+            return api
+        # SGLang scores with DeepGEMM (fp8_paged_mqa_logits) and selects with sglang-kernel
+        # (dsa_topk_backend.py). FlashInfer's top_k_page_table_transform is the second half only.
+        return NoKernel(
+            reason="no kernel that scores FP8 index keys and selects the best tokens",
+            keyword="indexer",
+            sglang_file=_INDEXER,
+        )
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """The definition of either half."""
+        return self._attention(spec) if spec.variant == "sparse_attention" else self._select(spec)
+
+    def _attention(self, spec: KernelSpec) -> Json:
+        axes = spec.axes
+        inputs = {
+            **latent_inputs("num_tokens"),
+            "sparse_indices": tensor(
+                ["num_tokens", "topk"],
+                "int32",
+                "Tokens each query attends to, as page * page_size + offset; -1 fills up.",
+            ),
+            "sm_scale": latent_scale(),
+        }
+        return {
+            "description": (
+                "Sparse multi-head latent attention over the top-k tokens an indexer chose "
+                f"(page_size={axes['page_size']}), for prefill and decode."
+            ),
+            "tags": ["sparse:topk"],
+            "axes": {
+                **{a: const(axes[a], _AXES[a]) for a in axes},
+                "num_tokens": var("Query tokens: sequences at decode, all tokens at prefill."),
+                "num_pages": var("Pages in the KV cache."),
+            },
+            "constraints": [
+                "sparse_indices.shape[0] == num_tokens",
+                "sparse_indices.shape[-1] == topk",
+                "ckv_cache.shape[1] == page_size",
+            ],
+            "inputs": inputs,
+            "outputs": latent_outputs("num_tokens"),
+            "reference": _SPARSE.format_map(axes),
+        }
+
+    def _select(self, spec: KernelSpec) -> Json:
+        axes = spec.axes
+        cache = ["num_pages", "page_size", "kv_cache_num_heads", "head_dim_with_scale"]
+        inputs = {
+            "q_index_fp8": tensor(
+                ["batch_size", "num_index_heads", "index_head_dim"],
+                "float8_e4m3fn",
+                "The indexer's queries; their scale is in `weights`.",
+            ),
+            "k_index_cache_fp8": tensor(
+                cache,
+                "int8",
+                "Bytes of the paged index cache: in each page the FP8 keys of all tokens, then "
+                "their float32 scales (DeepGEMM's layout).",
+            ),
+            "weights": tensor(
+                ["batch_size", "num_index_heads"], "float32", "Weight of each head's score."
+            ),
+            "seq_lens": tensor(["batch_size"], "int32", "Cached tokens of each sequence."),
+            "block_table": tensor(
+                ["batch_size", "max_num_pages"], "int32", "Pages of each sequence."
+            ),
+        }
+        return {
+            "description": (
+                "Top-k indexer of DeepSeek sparse attention: scores each cached token with "
+                "sum over heads of weight * relu(q . k) and returns the best."
+            ),
+            "tags": ["stage:indexer", "sparse:topk", "quant:fp8"],
+            "axes": {
+                **{a: const(axes[a], _AXES[a]) for a in axes},
+                "batch_size": var("Number of queries."),
+                "max_num_pages": var("Pages of the longest sequence."),
+                "num_pages": var("Pages in the index cache."),
+            },
+            "constraints": ["topk <= max_num_pages * page_size"],
+            "inputs": inputs,
+            "outputs": {
+                "topk_indices": tensor(
+                    ["batch_size", "topk"],
+                    "int32",
+                    "Chosen tokens, as page * page_size + offset; -1 fills up.",
+                )
+            },
+            "reference": _TOPK_INDEXER.format_map(axes),
+        }

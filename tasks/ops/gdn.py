@@ -1,0 +1,399 @@
+"""gdn: gated delta networks, the linear attention of Qwen3-Next and Qwen3.5.
+
+Each value head keeps a state that maps keys to values. A token decays it, corrects what it holds
+for the token's key, and reads it with the token's query (the gated delta rule, arXiv 2412.06464):
+with decay g and step beta, state <- g * state; state <- state + beta * (v - state k)
+k^T; output = scale * state q. Here g = exp(-exp(A_log) * softplus(a + dt_bias)), beta = sigmoid(b).
+
+`k_last` is the layout of the state, [value, key], which SGLang keeps for FlashInfer
+(sglang/srt/layers/attention/linear/kernels/gdn_flashinfer.py: "K-last"). At decode it is that of
+`gated_delta_rule_decode_pretranspose`; `gated_delta_rule_decode` has the other, and no caller.
+
+Key and value heads are sharded by tp, which must divide both (sglang/srt/models/qwen3_next.py:
+`num_k_heads // attn_tp_size`, `num_v_heads // attn_tp_size`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from tasks.model import ModelConfig, Serving
+from tasks.ops.base import (
+    FlashInferApi,
+    Json,
+    KernelSpec,
+    NotProduced,
+    OpModule,
+    Scalar,
+    const,
+    register,
+    scalar,
+    tensor,
+    var,
+)
+
+_FLAGS = ("--linear-attn-backend flashinfer",)
+
+_HEADER = """\
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def _gates(A_log, a, dt_bias, b):
+    decay = torch.exp(-torch.exp(A_log.float()) * F.softplus(a.float() + dt_bias.float()))
+    return decay, torch.sigmoid(b.float())
+
+
+def _step(state, q, k, v, decay, beta):
+    # q and k belong to consecutive value heads; state is [..., value head, value, key].
+    q, k = (x.float().repeat_interleave(v.shape[-2] // x.shape[-2], dim=-2) for x in (q, k))
+    state = decay[..., None, None] * state
+    correction = beta[..., None] * (v.float() - torch.einsum("...vk,...k->...v", state, k))
+    state = state + correction[..., :, None] * k[..., None, :]
+    return state, torch.einsum("...vk,...k->...v", state, q)
+
+
+@torch.no_grad()
+def run({arguments}):
+    assert q.shape[-2] == {num_q_heads}
+    assert k.shape[-2] == {num_k_heads}
+    assert v.shape[-2] == {num_v_heads}
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == {head_size}
+    if scale is None or scale == 0.0:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+
+    decay, beta = _gates(A_log, a, dt_bias, b)
+"""
+
+_DECODE = """\
+    assert q.shape[1] == {seq_len}
+    if state is None:
+        state = torch.zeros(v.shape[0], *v.shape[2:], k.shape[3], device=v.device)
+    state, read = _step(state.float(), q[:, 0], k[:, 0], v[:, 0], decay[:, 0], beta[:, 0])
+    return (scale * read)[:, None].to(v.dtype), state
+"""
+
+_PREFILL = """\
+    sequences = cu_seqlens.shape[0] - 1
+    if state is None:
+        state = torch.zeros(sequences, *v.shape[1:], k.shape[2], device=v.device)
+    new_state = state.float().clone()
+    output = torch.zeros_like(v)
+    for i in range(sequences):
+        for t in range(int(cu_seqlens[i]), int(cu_seqlens[i + 1])):
+            new_state[i], read = _step(new_state[i], q[t], k[t], v[t], decay[t], beta[t])
+            output[t] = (scale * read).to(output.dtype)
+    return output, new_state
+"""
+
+_MTP = """\
+    assert q.shape[1] > 1
+    state = initial_state[initial_state_indices.to(torch.long)].float()
+    output = torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        state, read = _step(state, q[:, t], k[:, t], v[:, t], decay[:, t], beta[:, t])
+        output[:, t] = (scale * read).to(output.dtype)
+    # Which of the drafted tokens are kept is not known yet, so the pool stays as it was.
+    return output, initial_state.clone()
+"""
+
+_DECODE_BASELINE = """\
+from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
+
+
+def run({arguments}):
+    # The API updates the state in place, and normalises q and k unless told not to.
+    return gated_delta_rule_decode_pretranspose(
+        q,
+        k,
+        v,
+        state.clone(),
+        A_log,
+        a,
+        dt_bias,
+        b,
+        scale=float(scale) or None,
+        use_qk_l2norm=False,
+    )
+"""
+
+_PREFILL_BASELINE = """\
+import torch
+import torch.nn.functional as F
+from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+
+def run({arguments}):
+    decay = torch.exp(-torch.exp(A_log.float()) * F.softplus(a.float() + dt_bias.float()))
+    return chunk_gated_delta_rule(
+        q,
+        k,
+        v,
+        g=decay,
+        beta=torch.sigmoid(b.float()),
+        scale=float(scale) or None,
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+        use_qk_l2norm_in_kernel=False,
+        output_state=torch.empty_like(state),
+    )
+"""
+
+_MTP_BASELINE = """\
+from flashinfer.gdn_decode import gated_delta_rule_mtp
+
+
+def run({arguments}):
+    return gated_delta_rule_mtp(
+        q,
+        k,
+        v,
+        initial_state,
+        initial_state_indices,
+        A_log,
+        a,
+        dt_bias,
+        b,
+        scale=float(scale) or None,
+        # The API counts the buffer's rows by sequence, not by slot of the pool.
+        intermediate_states_buffer=intermediate_states_buffer[: q.shape[0]],
+        disable_state_update=True,
+        use_qk_l2norm=False,
+    )
+"""
+
+_AXES = {
+    "seq_len": "Tokens of each sequence.",
+    "num_q_heads": "Query heads of one rank, as many as key heads.",
+    "num_k_heads": "Key heads of one rank.",
+    "num_v_heads": "Value heads of one rank; consecutive ones share a key head.",
+    "head_size": "Dimension of one head, of keys and of values.",
+}
+_STATE_AXES = ("num_v_heads", "head_size", "head_size")
+_HEAD_CONSTRAINTS = (
+    "num_v_heads >= num_q_heads",
+    "num_v_heads % num_q_heads == 0",
+    "num_k_heads == num_q_heads",
+)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What differs between the three kernels."""
+
+    what: str
+    api: FlashInferApi
+    body: str
+    baseline: str
+    rows: tuple[str, ...]
+    """Axes that count the tokens."""
+    states: str
+    """Axis that counts the states."""
+    new_state: tuple[str, str]
+    """Name and description of the second output."""
+    variable: Mapping[str, str]
+    constraints: tuple[str, ...]
+
+
+def _api(path: str, *flags: str) -> FlashInferApi:
+    return FlashInferApi(
+        path=path,
+        dumps=(path.rpartition(".")[2],),
+        server_flags=(*_FLAGS, *flags),
+        sglang_layer="python/sglang/srt/layers/attention/linear/kernels/gdn_flashinfer.py",
+    )
+
+
+# Published tags name `flashinfer.gdn`, a module that FlashInfer 0.6 no longer has, and for decode
+# the function of the other layout.
+_STAGES = {
+    "decode": _Stage(
+        what="decode of one token",
+        api=_api("flashinfer.gdn_decode.gated_delta_rule_decode_pretranspose"),
+        body=_DECODE,
+        baseline=_DECODE_BASELINE,
+        rows=("batch_size", "seq_len"),
+        states="batch_size",
+        new_state=("new_state", "State after the token."),
+        variable={"batch_size": "Number of sequences."},
+        constraints=_HEAD_CONSTRAINTS,
+    ),
+    "prefill": _Stage(
+        what="prefill",
+        api=_api("flashinfer.gdn_prefill.chunk_gated_delta_rule"),
+        body=_PREFILL,
+        baseline=_PREFILL_BASELINE,
+        rows=("total_seq_len",),
+        states="num_seqs",
+        new_state=("new_state", "State after each sequence's last token."),
+        variable={
+            "total_seq_len": "Tokens of all sequences.",
+            "num_seqs": "Number of sequences.",
+            "len_cu_seqlens": "Length of cu_seqlens (num_seqs + 1).",
+        },
+        constraints=("len_cu_seqlens == num_seqs + 1", "total_seq_len == cu_seqlens[-1].item()"),
+    ),
+    "mtp": _Stage(
+        what="verification of drafted tokens (multi-token prediction)",
+        # Drafts of one branch only (gdn_flashinfer.py: "only supports topk=1").
+        api=_api(
+            "flashinfer.gdn_decode.gated_delta_rule_mtp",
+            "--speculative-algorithm NEXTN",
+            "--speculative-eagle-topk 1",
+        ),
+        body=_MTP,
+        baseline=_MTP_BASELINE,
+        rows=("batch_size", "seq_len"),
+        states="pool_size",
+        new_state=("final_state", "The state pool, unchanged."),
+        variable={
+            "batch_size": "Number of sequences.",
+            "seq_len": "Tokens of each sequence, more than one.",
+            "pool_size": "Slots of the state pool.",
+        },
+        constraints=(*_HEAD_CONSTRAINTS, "seq_len > 1"),
+    ),
+}
+
+
+@register
+class Gdn(OpModule):
+    """`gdn_{decode|prefill|mtp}_qk{key heads}_v{value heads}_d{head dim}_k_last`."""
+
+    op_type = "gdn"
+    apis = tuple(stage.api for stage in _STAGES.values())
+
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """Linear attention of the models whose configs count its value heads."""
+        return kind == "linear_attention" and model.fields.has("linear_num_value_heads") is not None
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec | NotProduced]:
+        """All three stages; mtp is what speculative decoding runs."""
+        layers = model.mixers.get("linear_attention", 0)
+        if not layers or not self.mixes("linear_attention", model):
+            return
+        fields = model.fields
+        keys = fields.required_size("linear_num_key_heads")
+        values = fields.required_size("linear_num_value_heads")
+        key_dim = fields.required_size("linear_key_head_dim")
+        value_dim = fields.required_size("linear_value_head_dim")
+        reason = _impossible(keys, values, key_dim, value_dim, serving.tp)
+        if reason:
+            yield NotProduced(f"linear attention at tp={serving.tp}", reason)
+            return
+        heads = {
+            "num_q_heads": keys // serving.tp,
+            "num_k_heads": keys // serving.tp,
+            "num_v_heads": values // serving.tp,
+            "head_size": key_dim,
+        }
+        name = "qk{num_q_heads}_v{num_v_heads}_d{head_size}_k_last".format_map(heads)
+        for stage in _STAGES:
+            yield KernelSpec(
+                name=f"gdn_{stage}_{name}",
+                op_type=self.op_type,
+                variant=stage,
+                axes={"seq_len": 1, **heads} if stage == "decode" else heads,
+                tp=(serving.tp,),
+                scalars={
+                    "scale": Scalar(
+                        value=1 / math.sqrt(key_dim),
+                        source=(
+                            "1/sqrt(linear_key_head_dim), FlashInfer's default: SGLang passes "
+                            f"none; config.json linear_key_head_dim = {key_dim}"
+                        ),
+                    )
+                },
+                origin=(
+                    f"{layers} of {model.num_layers} layers, {keys} key and {values} value heads "
+                    f"at tp={serving.tp} ({serving.origin})",
+                ),
+            )
+
+    def provider(self, spec: KernelSpec) -> FlashInferApi:
+        """The functions that SGLang's FlashInfer backend for linear attention imports."""
+        return _STAGES[spec.variant].api
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """The recurrence, token by token, with the state in float32."""
+        stage = _STAGES[spec.variant]
+        state = [stage.states, *_STATE_AXES]
+        inputs = self._inputs(spec.variant, list(stage.rows), state)
+        name, text = stage.new_state
+        return {
+            "description": f"Gated delta network, {stage.what}, state in k-last layout.",
+            "tags": [f"stage:{spec.variant}", "layout:k-last"],
+            "axes": {
+                **{a: const(spec.axes[a], _AXES[a]) for a in spec.axes},
+                **{a: var(described) for a, described in stage.variable.items()},
+            },
+            "constraints": list(stage.constraints),
+            "inputs": inputs,
+            "outputs": {
+                "output": tensor([*stage.rows, "num_v_heads", "head_size"], "bfloat16", "Output."),
+                name: tensor(state, "float32", text),
+            },
+            "reference": (_HEADER + stage.body).format(arguments=", ".join(inputs), **spec.axes),
+        }
+
+    def _inputs(self, stage: str, rows: list[str], state: list[str]) -> Json:
+        """Return the inputs, in the dataset's order."""
+        gate = [*rows, "num_v_heads"]
+        inputs = {
+            "q": tensor([*rows, "num_q_heads", "head_size"], "bfloat16", "Queries."),
+            "k": tensor([*rows, "num_k_heads", "head_size"], "bfloat16", "Keys."),
+            "v": tensor([*rows, "num_v_heads", "head_size"], "bfloat16", "Values."),
+        }
+        if stage == "mtp":
+            inputs["initial_state"] = tensor(state, "float32", "Pool of states, [value, key].")
+            inputs["initial_state_indices"] = tensor(
+                ["batch_size"], "int32", "Slot of each sequence's state in the pool."
+            )
+        else:
+            inputs["state"] = {
+                **tensor(state, "float32", "State of each sequence, [value, key]; zero if absent."),
+                "optional": True,
+            }
+        inputs |= {
+            "A_log": tensor(["num_v_heads"], "float32", "Logarithm of each head's decay rate."),
+            "a": tensor(gate, "bfloat16", "The tokens' part of the decay, before softplus."),
+            "dt_bias": tensor(["num_v_heads"], "float32", "Added to `a` before softplus."),
+            "b": tensor(gate, "bfloat16", "Step of the correction, before the sigmoid."),
+        }
+        if stage == "prefill":
+            inputs["cu_seqlens"] = tensor(
+                ["len_cu_seqlens"], "int64", "Token offsets per sequence."
+            )
+        inputs["scale"] = scalar("float32", "Scale of the output; 0 stands for 1/sqrt(head_size).")
+        if stage == "mtp":
+            inputs["intermediate_states_buffer"] = {
+                **tensor(
+                    ["pool_size", "seq_len", *_STATE_AXES],
+                    "float32",
+                    "Scratch space for the state after each token; what a call leaves in it is "
+                    "not an output.",
+                ),
+                "optional": True,
+            }
+        return inputs
+
+    def baseline(self, spec: KernelSpec) -> str:
+        """Call the API; the model's gates are computed here where it takes them ready."""
+        arguments = ", ".join(self.definition(spec)["inputs"])
+        return _STAGES[spec.variant].baseline.format(arguments=arguments)
+
+
+def _impossible(keys: int, values: int, key_dim: int, value_dim: int, tp: int) -> str:
+    """Return why these dimensions have no kernel, or nothing."""
+    if key_dim != value_dim:
+        return f"linear_key_head_dim {key_dim} and linear_value_head_dim {value_dim} differ"
+    if values % keys:
+        return f"{keys} key heads do not divide {values} value heads"
+    if keys % tp or values % tp:
+        return f"tp={tp} does not divide {keys} key and {values} value heads"
+    return ""

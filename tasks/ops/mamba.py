@@ -1,0 +1,252 @@
+"""mamba_ssu: one decode step of a Mamba-2 layer, the selective state update.
+
+Per head (Mamba-2, arXiv 2405.21060): with dt = softplus(dt + dt_bias), state <- exp(A *
+dt) * state + dt * x B^T; output = state C + D * x. B and C belong to groups of consecutive heads.
+
+Sharding is SGLang's (sglang/srt/layers/attention/mamba/mamba.py: MambaMixer2): tp must divide the
+heads; it divides the groups too, or there is one group, which every rank gets (not for quantised
+models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.model import Fields, ModelConfig, Serving
+from tasks.ops.base import (
+    FlashInferApi,
+    Json,
+    KernelSpec,
+    NotProduced,
+    OpModule,
+    Requirement,
+    Unmapped,
+    const,
+    register,
+    tensor,
+    var,
+)
+
+_STATE = ("ssm_state_size", "mamba_d_state", "state_size")
+_GROUPS = ("mamba_n_groups", "n_groups")
+"""Spellings: Nemotron-H (sglang/srt/configs/nemotron_h.py) has mamba_num_heads, mamba_head_dim,
+ssm_state_size and n_groups; Falcon-H1 and Granite-4 (falcon_h1.py, granitemoehybrid.py) have
+mamba_n_heads, mamba_d_head, mamba_d_state and mamba_n_groups. transformers' Mamba2Config has no
+prefix: num_heads, head_dim, state_size, n_groups."""
+_TIME_STEP_RANK = ("mamba_dt_rank", "time_step_rank")
+
+_REFERENCE = """\
+import torch
+import torch.nn.functional as F
+
+
+@torch.no_grad()
+def run(state, x, dt, A, B, C, D, dt_bias, state_batch_indices):
+    batch_size, nheads, head_dim = x.shape
+    _, ngroups, dstate = B.shape
+    assert nheads == {nheads}
+    assert head_dim == {head_dim}
+    assert dstate == {dstate}
+    assert ngroups == {ngroups}
+
+    output = torch.zeros_like(x)
+    new_state = state.clone()
+    for i in range(batch_size):
+        slot = int(state_batch_indices[i])
+        if slot < 0:  # padding
+            continue
+        step = F.softplus(dt[i].float() + dt_bias.float())
+        per_head = [y[i].float().repeat_interleave(nheads // ngroups, dim=0) for y in (B, C)]
+        added = torch.einsum("hd,hs->hds", step * x[i].float(), per_head[0])
+        updated = torch.exp(A.float() * step[..., None]) * new_state[slot].float() + added
+        read = torch.einsum("hds,hs->hd", updated, per_head[1])
+        output[i] = (read + D.float() * x[i].float()).to(output.dtype)
+        new_state[slot] = updated.to(state.dtype)
+    return output, new_state
+"""
+
+_BASELINE = """\
+from flashinfer.mamba import selective_state_update
+
+
+def _tied(x, axes):
+    # The API takes one value per head, as models have it, spread over the other axes by stride 0.
+    return x[(..., *(0,) * axes)].contiguous()[(..., *(None,) * axes)].expand(x.shape)
+
+
+def run(state, x, dt, A, B, C, D, dt_bias, state_batch_indices):
+    new_state = state.clone()
+    output = x.new_zeros(x.shape)
+    selective_state_update(
+        new_state,
+        x,
+        _tied(dt, 1),
+        _tied(A, 2),
+        B,
+        C,
+        _tied(D, 1),
+        dt_bias=_tied(dt_bias, 1),
+        dt_softplus=True,
+        state_batch_indices=state_batch_indices,
+        pad_slot_id=-1,
+        out=output,
+    )
+    return output, new_state
+"""
+
+_AXES = {
+    "nheads": "Heads of one rank.",
+    "head_dim": "Dimension of one head.",
+    "dstate": "Dimension of the state, for each element of a head.",
+    "ngroups": "Groups of one rank; the heads of a group share B and C.",
+}
+
+
+@register
+class MambaSsu(OpModule):
+    """`mamba_ssu_decode_h{heads}_d{head_dim}_s{state}_ng{groups}`."""
+
+    op_type = "mamba_ssu"
+    apis = (
+        FlashInferApi(
+            path="flashinfer.mamba.selective_state_update",
+            dumps=("selective_state_update",),
+            # The definition's states are bfloat16; many configs ask SGLang for float32.
+            server_flags=("--mamba-backend flashinfer", "--mamba-ssm-dtype bfloat16"),
+            sglang_layer="python/sglang/kernels/ops/mamba/triton_ops/ssu_dispatch.py",
+        ),
+    )
+
+    def mixes(self, kind: str, model: ModelConfig) -> bool:
+        """Mamba layers; of those without heads `required` says why there is no kernel."""
+        return kind == "mamba"
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """One kernel per serving configuration."""
+        layers = model.mixers.get("mamba", 0)
+        if not layers:
+            return
+        fields = model.fields
+        head_names, head_dim_names = _spellings(fields)
+        rank = fields.has(*_TIME_STEP_RANK)
+        if rank and not fields.has(*head_names):
+            yield Unmapped(
+                f"mamba ({layers} of {model.num_layers} layers)",
+                f"Mamba-1 ({rank}): a time step for each channel, no heads",
+            )
+            return
+        heads = fields.required_size(*head_names)
+        groups = fields.required_size(*_GROUPS)
+        head_dim = _head_dim(fields, heads, head_dim_names)
+        reason = _impossible(fields, heads, groups, serving.tp)
+        if reason:
+            yield NotProduced(f"Mamba layers at tp={serving.tp}", reason)
+            return
+        axes = {
+            "nheads": heads // serving.tp,
+            "head_dim": head_dim,
+            "dstate": fields.required_size(*_STATE),
+            "ngroups": max(1, groups // serving.tp),
+        }
+        yield KernelSpec(
+            name="mamba_ssu_decode_h{nheads}_d{head_dim}_s{dstate}_ng{ngroups}".format_map(axes),
+            op_type=self.op_type,
+            variant="decode",
+            axes=axes,
+            tp=(serving.tp,),
+            origin=(
+                f"{layers} of {model.num_layers} layers, {heads} heads in {groups} groups at "
+                f"tp={serving.tp} ({serving.origin})",
+            ),
+        )
+
+    def provider(self, spec: KernelSpec) -> FlashInferApi:
+        """The function behind SGLang's FlashInfer backend for state-space models."""
+        (api,) = self.apis
+        return api
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """The recurrence for one token of each sequence, computed in float32."""
+        axes = spec.axes
+        heads, groups = ["nheads", "head_dim"], ["batch_size", "ngroups", "dstate"]
+        state = ["state_cache_size", *heads, "dstate"]
+        rows = ["batch_size", *heads]
+        return {
+            "description": (
+                "Mamba-2 selective state update: one token of each sequence, "
+                "{nheads} heads of dimension {head_dim}, state {dstate}, {ngroups} groups."
+            ).format_map(axes),
+            "tags": ["stage:decode"],
+            "axes": {
+                **{a: const(axes[a], _AXES[a]) for a in axes},
+                "batch_size": var("Number of sequences."),
+                "state_cache_size": var("Slots of the state cache."),
+            },
+            "constraints": ["nheads % ngroups == 0", "state_cache_size >= batch_size"],
+            "inputs": {
+                "state": tensor(state, "bfloat16", "State cache, one slot per sequence."),
+                "x": tensor(rows, "bfloat16", "Input of the layer's recurrence."),
+                "dt": tensor(
+                    rows, "bfloat16", "Time step before bias and softplus, one value per head."
+                ),
+                "A": tensor(
+                    [*heads, "dstate"], "float32", "Decay rate, negative, one value per head."
+                ),
+                "B": tensor(groups, "bfloat16", "What the input adds to the state, per group."),
+                "C": tensor(groups, "bfloat16", "What the output reads of the state, per group."),
+                "D": tensor(heads, "bfloat16", "Share of the input in the output, per head."),
+                "dt_bias": tensor(heads, "bfloat16", "Added to dt before softplus, per head."),
+                "state_batch_indices": tensor(
+                    ["batch_size"], "int32", "Slot of each sequence; -1 is padding."
+                ),
+            },
+            "outputs": {
+                "output": tensor(rows, "bfloat16", "Output; 0 for padding."),
+                "new_state": tensor(state, "bfloat16", "State cache after the token."),
+            },
+            "reference": _REFERENCE.format_map(axes),
+        }
+
+    def baseline(self, spec: KernelSpec) -> str:
+        """Call the API on a copy of the states: it updates them in place.
+
+        Right only for inputs in which `dt`, `A`, `D` and `dt_bias` have one value per head.
+        """
+        return _BASELINE
+
+
+def _spellings(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the fields that may say the number of heads, and those that may say their dimension.
+
+    Hybrid models' `num_heads` and `head_dim` are attention's.
+    """
+    if fields.text("model_type") == "mamba2":
+        return ("num_heads",), ("head_dim",)
+    return ("mamba_num_heads", "mamba_n_heads"), ("mamba_head_dim", "mamba_d_head")
+
+
+def _head_dim(fields: Fields, heads: int, names: tuple[str, ...]) -> int:
+    """Return the dimension of one head; "auto" is inner width / heads (configs/falcon_h1.py)."""
+    name = fields.has(*names)
+    if name is None or fields.raw[name] != "auto":
+        return fields.required_size(*names)
+    width = fields.size("mamba_d_ssm") or (
+        fields.required_size("mamba_expand") * fields.required_size("hidden_size")
+    )
+    if width % heads:
+        raise fields.fail(name, f'"auto", and {heads} heads do not divide the width {width}')
+    return width // heads
+
+
+def _impossible(fields: Fields, heads: int, groups: int, tp: int) -> str:
+    """Return why the heads cannot be sharded so, or nothing."""
+    if heads % tp:
+        return f"tp={tp} does not divide {heads} Mamba heads"
+    replicated = groups % tp != 0
+    if replicated and groups != 1:
+        return f"tp={tp} does not divide {groups} Mamba groups; SGLang replicates only a single one"
+    if replicated and fields.has("quantization_config"):
+        return f"SGLang replicates the single Mamba group (tp={tp}) for unquantised models only"
+    if heads % groups:
+        return f"{groups} groups do not divide {heads} Mamba heads"
+    return ""
