@@ -49,7 +49,7 @@ _WHEN = "2026-11-20T00:00:00+00:00"
 _KEPT = {".py", ".md", ".txt", ""}
 
 
-def _download(package: str, version: str) -> Path:
+def download(package: str, version: str) -> Path:
     """Return the unpacked Python sources of a package, downloading its wheel the first time.
 
     Raises:
@@ -98,14 +98,14 @@ def _commit(tree: Path, remote: Path, message: str) -> None:
 
 
 def _flashinfer(tree: Path) -> None:
-    source = _download("flashinfer-python", PACKAGES["flashinfer-python"])
+    source = download("flashinfer-python", PACKAGES["flashinfer-python"])
     shutil.copytree(source / "flashinfer", tree / "flashinfer")
 
 
 def _sglang(tree: Path) -> None:
-    source = _download("sglang", PACKAGES["sglang"])
+    source = download("sglang", PACKAGES["sglang"])
     shutil.copytree(source / "sglang", tree / "python" / "sglang")
-    kernel = _download("sglang-kernel", PACKAGES["sglang-kernel"])
+    kernel = download("sglang-kernel", PACKAGES["sglang-kernel"])
     shutil.copytree(kernel / "sgl_kernel", tree / "sgl-kernel" / "python" / "sgl_kernel")
 
 

@@ -1,98 +1,269 @@
-"""The source indexes, on the real packages and on small trees."""
+"""The source indexes on small trees, hostile ones among them, and their cache."""
 
 from __future__ import annotations
 
+import ast
+import os
 from pathlib import Path
 
 import pytest
 
+from tasks.discover.constants import Calculator
 from tasks.discover.sources import (
     FlashInferIndex,
     SglangIndex,
+    Template,
     cached,
     index_flashinfer,
     index_sglang,
+    revision,
 )
+from tasks.discover.values import UNKNOWN, Choice, Scope
 from tasks.errors import InputError
 
 
-@pytest.fixture(scope="session")
-def flashinfer(cloned: Path) -> FlashInferIndex:
-    return index_flashinfer(cloned / "flashinfer")
-
-
-@pytest.fixture(scope="session")
-def sglang(cloned: Path) -> SglangIndex:
-    return index_sglang(cloned / "sglang")
-
-
-def test_counts_of_the_real_flashinfer(flashinfer: FlashInferIndex) -> None:
-    # An independent scan of flashinfer-python 0.6.15.post1: 247 decorated, 127 with a template.
-    assert len(flashinfer.apis) == 247
-    assert sum(api.has_template for api in flashinfer.apis.values()) == 127
-
-
-def test_public_paths_resolve_through_packages(flashinfer: FlashInferIndex) -> None:
-    api = flashinfer.find("flashinfer.fused_moe.trtllm_fp8_block_scale_moe")
-    assert api is not None
-    assert (api.file, api.has_template) == ("flashinfer/fused_moe/core.py", True)
-    assert flashinfer.find("flashinfer.BatchDecodeWithPagedKVCacheWrapper", "run") is not None
-    assert flashinfer.find("flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper") is None
-    assert flashinfer.find("flashinfer.norm.no_such_norm") is None
-
-
-@pytest.mark.parametrize(
-    ("api", "site"),
-    # Call sites found by an independent scan of sglang 0.5.17 and sglang-kernel 0.4.5.
-    [
-        ("flashinfer.norm.rmsnorm", "sgl-kernel/python/sgl_kernel/elementwise.py:120"),
-        ("flashinfer.norm.fused_add_rmsnorm", "sgl-kernel/python/sgl_kernel/elementwise.py:160"),
-        ("flashinfer.norm.layernorm", "python/sglang/srt/layers/layernorm.py:81"),
-        ("flashinfer.sampling.top_k_top_p_sampling_from_probs", "srt/layers/sampler.py:277"),
-        (
-            "flashinfer.fused_moe.trtllm_fp8_block_scale_moe",
-            "srt/layers/moe/flashinfer_trtllm_moe.py:109",
-        ),
-        (
-            "flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper",
-            "srt/layers/attention/flashinfer_backend.py:500",
-        ),
-        ("flashinfer.cascade.merge_state", "srt/layers/attention/flashinfer_backend.py:107"),
-    ],
-)
-def test_real_call_sites(
-    flashinfer: FlashInferIndex, sglang: SglangIndex, api: str, site: str
-) -> None:
-    defined = flashinfer.resolve(api)
-    sites = [
-        place
-        for origin, places in sglang.references.items()
-        if flashinfer.resolve(origin) == defined
-        for place in places
-    ]
-    assert any(place.endswith(site) for place in sites), sites
-
-
-@pytest.mark.parametrize("name", ["top_k_sampling_from_probs", "top_p_sampling_from_probs"])
-def test_apis_without_a_caller(sglang: SglangIndex, name: str) -> None:
-    assert not [origin for origin in sglang.references if origin.endswith(f".{name}")]
-
-
-def test_architectures(sglang: SglangIndex) -> None:
-    assert len(sglang.architectures) == 241
-    assert sglang.architectures["Phi3ForCausalLM"] == "python/sglang/srt/models/llama.py"
-
-
-def _tree(root: Path, files: dict[str, str]) -> Path:
-    (root / "python/sglang/srt/models").mkdir(parents=True)
+def write(root: Path, files: dict[str, str | bytes]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return root
 
 
+# FlashInfer
+
+TEMPLATE = """
+class Var:
+    def __init__(self, description=""): ...
+class Const:
+    def __init__(self, description="", abbrev=None, value=None): ...
+class TraceTemplate:
+    def __init__(self, op_type, axes, inputs, outputs, *, name_prefix=None): ...
+"""
+TEMPLATES = """
+from ..template import Const, TraceTemplate, Var
+
+class Special(TraceTemplate):
+    pass
+
+norm_trace = TraceTemplate(
+    op_type="rmsnorm", axes={"n": Var(), "hidden_size": Const(abbrev="h")}, inputs={}, outputs={})
+
+def _make(kind, *, wide=False):
+    axes = {"tokens": Var(), "experts": Const(abbrev="e"), "hidden": Const("", "")}
+    if wide:
+        axes["width"] = Const()
+    return Special("moe", axes, {}, {}, name_prefix=f"moe_{kind}{'_wide' if wide else ''}")
+
+_TABLE = {(kind, wide): _make(kind, wide=wide) for kind in ("a", "b") for wide in (False, True)}
+
+def moe_dispatch(**kwargs):
+    return _TABLE[kwargs["kind"], False]
+moe_dispatch.templates = list(_TABLE.values())[:2] if False else [*_TABLE.values()]
+
+def silent_dispatch(**kwargs):
+    if kwargs.get("x"):
+        return None
+    return norm_trace if kwargs["y"] > 1 else _TABLE["a", True]
+"""
+
+
+def flashinfer_tree(root: Path, **files: str) -> Path:
+    return write(
+        root,
+        {
+            "flashinfer/__init__.py": "from .norm import rmsnorm as rmsnorm\n",
+            "flashinfer/trace/__init__.py": "",
+            "flashinfer/trace/template.py": TEMPLATE,
+            "flashinfer/trace/templates/__init__.py": "",
+            "flashinfer/trace/templates/all.py": TEMPLATES,
+            "flashinfer/norm.py": (
+                "from .api_logging import flashinfer_api\n"
+                "from .trace.templates.all import norm_trace\n"
+                "@flashinfer_api(trace=norm_trace)\ndef rmsnorm(x): ...\n"
+            ),
+            **{name.replace("__", "/") + ".py": text for name, text in files.items()},
+        },
+    )
+
+
+def test_templates_through_tables_factories_and_dispatchers(tmp_path: Path) -> None:
+    root = flashinfer_tree(
+        tmp_path,
+        flashinfer__moe=(
+            "from .api_logging import flashinfer_api, flashinfer_experimental_api as trial\n"
+            "from .trace.templates import all as t\n"
+            "own = t.norm_trace\n"
+            "if True:\n"
+            "    @flashinfer_api(trace=t.moe_dispatch)\n    def published(): ...\n"
+            "try:\n    @trial(trace=t.silent_dispatch)\n    def silent(): ...\n"
+            "except ImportError:\n    pass\n"
+            "@flashinfer_api(trace=own)\ndef local(): ...\n"
+            "@flashinfer_api(trace=lambda **kw: t.norm_trace)\ndef inline(): ...\n"
+            "@flashinfer_api(trace=None)\ndef none(): ...\n"
+            "@flashinfer_api\ndef bare(): ...\n"
+            "@flashinfer_api()\ndef called(): ...\n"
+            "@flashinfer_api(trace=made_at_run_time())\ndef unknown(): ...\n"
+            "# @flashinfer_api\ndef commented_out(): ...\n"
+            "class Wrapper:\n    @flashinfer_api\n    def run(self): ...\n"
+        ),
+    )
+    apis = index_flashinfer(root).apis
+    norm = Template("rmsnorm", "rmsnorm", "rmsnorm_h{hidden_size}")
+    a_wide = Template("moe", "moe_a_wide", "moe_a_wide_e{experts}_width{width}")
+    assert {path.rpartition("moe.")[2]: api.templates for path, api in apis.items()} == {
+        "flashinfer.norm.rmsnorm": [norm],
+        "published": [
+            Template("moe", "moe_a", "moe_a_e{experts}"),
+            a_wide,
+            Template("moe", "moe_b", "moe_b_e{experts}"),
+            Template("moe", "moe_b_wide", "moe_b_wide_e{experts}_width{width}"),
+        ],
+        "silent": [a_wide, norm],
+        "local": [norm],
+        "inline": [norm],
+        "none": [],
+        "bare": [],
+        "called": [],
+        "unknown": [],
+        "Wrapper.run": [],
+    }
+    traced = {path.rpartition(".")[2] for path, api in apis.items() if api.has_template}
+    assert traced == {"rmsnorm", "published", "silent", "local", "inline", "unknown"}
+    assert apis["flashinfer.moe.silent"].decorator == "flashinfer_experimental_api"
+    assert apis["flashinfer.moe.Wrapper.run"].dump == "Wrapper.run"
+
+
+def test_public_path_is_the_shortest_without_private_parts(tmp_path: Path) -> None:
+    decorated = "@flashinfer_api\ndef {}(): ...\n"
+    root = write(
+        tmp_path,
+        {
+            "flashinfer/__init__.py": (
+                "import contextlib\nwith contextlib.suppress(ImportError):\n"
+                "    from .ops import top as renamed\n"
+                "def __getattr__(name):\n    if name in {'lazy'}: ...\n"
+            ),
+            "flashinfer/ops/__init__.py": "from ._core import *\n",
+            "flashinfer/ops/_core.py": (
+                decorated.format("top") + decorated.format("starred") + "from .._far import moved\n"
+            ),
+            "flashinfer/_far.py": decorated.format("moved") + decorated.format("lazy"),
+            "flashinfer/shim.py": "from .ops._core import (  # for old code\n    starred,\n)\n",
+            "flashinfer/user.py": "from flashinfer.ops import moved\nmoved()\n",
+            "tests/norm/test_far.py": "def test(): moved(); not_starred()\n",
+            "tests/helper.py": "starred()\n",
+        },
+    )
+    index = index_flashinfer(root)
+    assert {path: api.public for path, api in index.apis.items()} == {
+        "flashinfer._far.lazy": "flashinfer.lazy",
+        "flashinfer._far.moved": "flashinfer.ops.moved",
+        "flashinfer.ops._core.starred": "flashinfer.ops.starred",
+        "flashinfer.ops._core.top": "flashinfer.renamed",
+    }
+    assert index.resolve("flashinfer.shim.starred") == "flashinfer.ops._core.starred"
+    assert index.resolve("flashinfer.user.moved") == "flashinfer._far.moved"
+    assert index.resolve("flashinfer.ops.unknown") == "flashinfer.ops.unknown"
+    tests = {path.rpartition(".")[2]: api.tests for path, api in index.apis.items()}
+    assert tests == {"lazy": [], "moved": ["tests/norm/test_far.py"], "starred": [], "top": []}
+
+
+def test_dump_names_follow_the_logging_code(tmp_path: Path) -> None:
+    method = "    @flashinfer_api\n    def run(self): ...\n"
+    root = write(
+        tmp_path,
+        {
+            "flashinfer/api_logging.py": (
+                "def flashinfer_api(f):\n"
+                "    if 'Planner' in class_name or class_name in ['Layer']: ...\n"
+            ),
+            "flashinfer/a.py": "".join(
+                f"class {name}:\n{method}" for name in ("MyPlanner", "Layer", "Layers", "Wrapper")
+            ),
+        },
+    )
+    dumps = {path.split(".")[2]: api.dump for path, api in index_flashinfer(root).apis.items()}
+    assert dumps == {
+        "MyPlanner": "MyPlanner.run",
+        "Layer": "Layer.run",
+        "Layers": "run",
+        "Wrapper": "run",
+    }
+
+
+def test_modules_that_import_everything_from_each_other(tmp_path: Path) -> None:
+    names = [f"m{n}" for n in range(12)]
+    stars = "".join(f"from .{name} import *\n" for name in names)
+    root = flashinfer_tree(
+        tmp_path, **{f"flashinfer__{n}": f"# flashinfer_api\n{stars}" for n in names}
+    )
+    write(root, {"flashinfer/__init__.py": stars})
+    assert set(index_flashinfer(root).apis) == {"flashinfer.norm.rmsnorm"}
+
+
+# The calculator
+
+
+def calculated(text: str, name: str) -> object:
+    calculator = Calculator(lambda module: (ast.parse(text), False) if module == "m" else None)
+    scope = calculator.module("m")
+    assert scope is not None
+    return calculator.value(ast.Name(id=name, ctx=ast.Load()), Scope("m", False, outer=scope))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("x = {**{'a': 1}, 'b': 2}", {"a": 1, "b": 2}),
+        ("x = [f'{a}{b}' for a in ('k',) for b in (1, 2) if b != 1]", ["k2"]),
+        ("x = dict(a=1); x.update({'b': 2}); del x['a']; x = x | {'c': 3}", {"b": 2, "c": 3}),
+        ("def f(a, *rest, b=2, **kw): return (a, rest, b, kw['z'])\nx = f(1, 5, z=3)[1]", (5,)),
+        ("x = 'a_b'.upper().replace('_', '-').removesuffix('-B')", "A"),
+        ("x = [made_elsewhere] + 1", UNKNOWN),
+        ("x = []\nfor i in range(3):\n    x.append(i)\nx += [9]", [0, 1, 2, 9]),
+        ("x = {'a': [1]}.get('b', 7) if not () else 0", 7),
+        ("def f(n): return f(n - 1) if n else 0\nx = f(9)", 0),
+        ("x = 'head' in ('tail', 'head') and 3", 3),
+    ],
+)
+def test_constants(text: str, value: object) -> None:
+    assert calculated(text, "x") == value
+
+
+def test_what_only_a_running_program_knows_keeps_all_outcomes() -> None:
+    found = calculated("import os\nx = 'a' if os.environ else 'b'", "x")
+    assert isinstance(found, Choice)
+    assert set(found.values) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 'ab'\n" + "x = x + x\n" * 200,
+        "x = 'ab'\n" + "x = x.replace('a', x)\n" * 200,
+        "x = ()\n" + "x = (x, x)\n" * 200 + "y = {x: 1}\nx = sorted([x, x])",
+        "x = [1]\n" + "x.extend(x)\n" * 200,
+        "x = 3\n" + "x = x * x\n" * 200,
+        "def f(): return [f() for _ in range(1000)]\nx = f()",
+        "def f(): return f()\nx = f()",
+        "x = [i for a in range(5000) for b in range(5000) for i in range(5000)]",
+        "x = " + "(" * 150 + "1" + ",)" * 150,
+    ],
+)
+def test_hostile_constants_end(text: str) -> None:
+    calculated(text, "x")
+
+
+# SGLang
+
+
+def sglang_tree(root: Path, files: dict[str, str | bytes]) -> Path:
+    (root / "python/sglang/srt/models").mkdir(parents=True)
+    return write(root, files)
+
+
 def test_origin_decides_and_not_the_name(tmp_path: Path) -> None:
-    root = _tree(
+    root = sglang_tree(
         tmp_path,
         {
             "python/sglang/srt/own.py": (
@@ -126,6 +297,195 @@ def test_origin_decides_and_not_the_name(tmp_path: Path) -> None:
     }
 
 
+SCOPES = """\
+import importlib
+from sglang.own import rmsnorm
+def one():
+    from flashinfer.norm import rmsnorm
+    return rmsnorm(1)
+def two(x):
+    return rmsnorm(x)
+def three(gemma):
+    gemma()
+    def inner():
+        from flashinfer.norm import gemma
+        gemma()
+class Layer:
+    def __init__(self):
+        from flashinfer.mamba import update
+        self.kernel = update
+        self.norm = importlib.import_module("flashinfer.norm").layernorm
+    def update(self, update): update()
+def four():
+    import flashinfer
+    flashinfer.comm.reduce(getattr(flashinfer.comm, "plan"))
+from flashinfer.sampling import top_p as exported
+"""
+
+
+def test_a_name_means_what_its_scope_says(tmp_path: Path) -> None:
+    root = sglang_tree(tmp_path, {"python/sglang/srt/a.py": SCOPES})
+    sites = {
+        origin: [(site.line, site.kind) for site in found]
+        for origin, found in index_sglang(root).sites.items()
+    }
+    assert sites == {
+        "flashinfer.norm.rmsnorm": [(5, "call")],
+        "flashinfer.norm.gemma": [(12, "call")],
+        "flashinfer.mamba.update": [(16, "mention")],
+        "flashinfer.norm.layernorm": [(17, "mention")],
+        "flashinfer.comm.reduce": [(21, "call")],
+        "flashinfer.comm.plan": [(21, "mention")],
+        "flashinfer.sampling.top_p": [(22, "import")],
+    }
+
+
+def test_sglang_kernel_is_followed_through_helpers_exports_and_aliases(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        {
+            "sglang/srt/models/m.py": "from .base import A\nEntryClass = [A]\n",
+            "sglang/srt/layer.py": (
+                "import sgl_kernel\nfrom sgl_kernel import public, renamed\n"
+                "public()\nrenamed()\nsgl_kernel.b.own()\n"
+            ),
+            "sgl_kernel/__init__.py": "from sgl_kernel.b import public\n",
+            "sgl_kernel/b.py": (
+                "import flashinfer\n"
+                "def helper(x): return flashinfer.norm.f(x)\n"
+                "def public(x):\n    return helper(x)\n"
+                "def own(x): return x\n"
+                "renamed = public\n"
+            ),
+            "sgl_kernel/other.py": "def public(x): ...\n",
+        },
+    )
+    index = index_sglang(root)
+    assert index.references == {
+        "flashinfer.norm.f": [
+            "sglang/srt/layer.py:3 via sgl_kernel/b.py:2",
+            "sglang/srt/layer.py:4 via sgl_kernel/b.py:2",
+        ]
+    }
+    assert index.architectures == {"A": "sglang/srt/models/m.py"}
+
+
+def test_models_flags_and_backends(tmp_path: Path) -> None:
+    srt = "python/sglang/srt"
+    root = sglang_tree(
+        tmp_path,
+        {
+            f"{srt}/layers/__init__.py": "",
+            f"{srt}/layers/norm.py": "",
+            f"{srt}/layers/attention/fast.py": "",
+            f"{srt}/models/a.py": (
+                "from sglang.srt.layers.norm import Norm\nfrom sglang.srt.layers import norm\n"
+                "class B: ...\nEntryClass = [A, B]\n"
+            ),
+            f"{srt}/models/c.py": "EntryClass = C\n",
+            f"{srt}/models/nested/d.py": "EntryClass = NotRead\n",
+            f"{srt}/models/registry.py": "print(module.EntryClass)\n",
+            f"{srt}/registry.py": (
+                "@register_attention_backend('fast')\ndef make(runner):\n"
+                "    from sglang.srt.layers.attention.fast import Fast\n    return Fast(runner)\n"
+            ),
+            f"{srt}/arg_groups/fields/exec_.py": (
+                "from sglang.srt.arg_groups.choices import KINDS\n"
+                "class Exec:\n"
+                "    tp_size: A[int, Arg(help='', aliases=['--tensor-parallel-size'])] = 1\n"
+                "    kind: A[str, Arg(choices=KINDS, cli_name='--the-kind')] = 'x'\n"
+                "    mode: A[Optional[Literal['p', 'q']], 'help ' 'text'] = None\n"
+                "    hidden: A[bool, Arg(no_cli=True)] = False\n"
+                "    internal: A[int, NS('x')] = 0\n"
+                "    plain: int = 0\n"
+            ),
+            f"{srt}/arg_groups/choices.py": "BASE = ['a']\nKINDS = [*BASE, 'b'] + ['c']\n",
+            f"{srt}/server_args.py": (
+                "class ServerArgs:\n    bare: int = 0\n"
+                "    def add_cli_args(parser):\n"
+                "        parser.add_argument('--bare', type=int)\n"
+                "        parser.add_argument('--old', action=DeprecatedAction, new_flag='--new')\n"
+                "        parser.add_argument(name)\n"
+            ),
+        },
+    )
+    index = index_sglang(root)
+    assert index.architectures == {
+        "A": f"{srt}/models/a.py",
+        "B": f"{srt}/models/a.py",
+        "C": f"{srt}/models/c.py",
+    }
+    assert index.model_layers[f"{srt}/models/a.py"] == [f"{srt}/layers/norm.py"]
+    assert index.attention_backends == {"fast": [f"{srt}/layers/attention/fast.py"]}
+    assert {name: (flag.field, flag.choices) for name, flag in index.flags.items()} == {
+        "--tp-size": ("tp_size", []),
+        "--tensor-parallel-size": ("tp_size", []),
+        "--the-kind": ("kind", ["a", "b", "c"]),
+        "--mode": ("mode", ["p", "q"]),
+        "--bare": ("bare", []),
+        "--old": ("", []),
+    }
+    assert (index.flags["--old"].deprecated, index.flags["--old"].instead) == (True, "--new")
+    fields = ["bare", "hidden", "internal", "kind", "mode", "tp_size"]
+    assert index.server_fields == fields
+
+
+# Hostile trees
+
+
+def test_what_is_no_python_is_passed_over(tmp_path: Path) -> None:
+    outside = write(tmp_path / "outside", {"evil.py": "@flashinfer_api\ndef evil(): ...\n"})
+    junk: dict[str, str | bytes] = {
+        "binary.py": b"\x00\xff flashinfer_api",
+        "latin.py": b"# flashinfer_api \xe9\n",
+        "unclosed.py": "flashinfer_api(",
+        "parentheses.py": "flashinfer_api" + "(" * 5000,
+        "unary.py": "flashinfer_api = " + "-" * 50_000 + "1",
+        "attributes.py": "from flashinfer import x\nx" + ".flashinfer_api" * 20_000 + "()",
+        "sum.py": "flashinfer_api = " + "+".join(["1"] * 20_000),
+        "number.py": "flashinfer_api = " + "9" * 50_000,
+        "elif.py": "if flashinfer_api: ...\n" + "elif x: ...\n" * 5_000,
+        **{
+            f"deep{n}.py": "from flashinfer import f\n@flashinfer_api\ndef broken():\n"
+            "    f(" + "-" * n + "1)\nif f: ...\n" + "elif f: ...\n" * n
+            for n in (300, 700, 1_000, 1_500, 2_500)
+        },
+        "huge.py": b"#flashinfer_api\n" * 600_000,
+        "odd\nname \u00e9.py": "@flashinfer_api\ndef odd(): ...\n",
+    }
+    root = flashinfer_tree(tmp_path / "fi")
+    write(root / "flashinfer", junk)
+    srt = sglang_tree(tmp_path / "sg", {}) / "python/sglang/srt"
+    write(
+        srt, junk | {"models/ok.py": "EntryClass = Ok\n", "a.py": "from flashinfer import f\nf()"}
+    )
+    for folder in (root / "flashinfer", srt):
+        (folder / "folder.py").mkdir()
+        (folder / "link.py").symlink_to(outside / "evil.py")
+        (folder / "linked").symlink_to(outside, target_is_directory=True)
+        (folder / "loop").symlink_to(folder, target_is_directory=True)
+        (folder / "broken.py").symlink_to("nowhere")
+        os.mkfifo(folder / "pipe.py")
+        Path(os.fsdecode(os.fsencode(folder) + b"/\xff.py")).write_text("flashinfer_api")
+    apis = index_flashinfer(root)
+    names = {path.rpartition(".")[2] for path in apis.apis}
+    assert names - {"broken"} == {"rmsnorm", "odd"}
+    assert FlashInferIndex.model_validate_json(apis.model_dump_json()) == apis
+    index = index_sglang(tmp_path / "sg")
+    places = index.references["flashinfer.f"]
+    assert "python/sglang/srt/a.py:2" in places
+    assert all("/deep" in place for place in places if "/a.py" not in place)
+    assert index.architectures == {"Ok": "python/sglang/srt/models/ok.py"}
+
+
+def test_a_package_that_is_a_link_out_of_the_tree_is_not_read(tmp_path: Path) -> None:
+    flashinfer_tree(tmp_path / "elsewhere")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/flashinfer").symlink_to(tmp_path / "elsewhere/flashinfer")
+    with pytest.raises(InputError, match="no @flashinfer_api"):
+        index_flashinfer(tmp_path / "tree")
+
+
 def test_not_a_checkout(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is it an SGLang checkout"):
         index_sglang(tmp_path)
@@ -133,8 +493,27 @@ def test_not_a_checkout(tmp_path: Path) -> None:
         index_flashinfer(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 0}', '{"version": 1, "apis": 3}'])
-def test_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
+# The cache
+
+
+def test_cached_indexes_come_back_equal(tmp_path: Path) -> None:
+    flashinfer = index_flashinfer(flashinfer_tree(tmp_path / "fi"))
+    root = sglang_tree(
+        tmp_path / "sg", {"python/sglang/srt/a.py": "import flashinfer as f\nf.norm.g()\n"}
+    )
+    sglang = index_sglang(root)
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        assert cached(cache, FlashInferIndex, "abc1234", lambda: flashinfer) == flashinfer
+        assert cached(cache, SglangIndex, "abc1234", lambda: sglang) == sglang
+    assert len(list(cache.iterdir())) == 2
+
+
+DAMAGE = ["", "{", "[]", "null", '{"version": 0}', '{"version": 1, "apis": 3}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, b"\xff\xfe", "truncated", "foreign"])
+def test_damaged_cache_is_rebuilt(tmp_path: Path, damage: str | bytes) -> None:
     built = []
 
     def build() -> FlashInferIndex:
@@ -145,6 +524,31 @@ def test_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
         assert cached(tmp_path, FlashInferIndex, "abc1234", build).exports == {"a": "b"}
     assert len(built) == 1
     (path,) = tmp_path.iterdir()
-    path.write_text(damage)
+    text = path.read_text()
+    version = FlashInferIndex.model_fields["version"].default
+    whole = {
+        "truncated": text[: len(text) // 2],
+        "foreign": text.replace(f'"version":{version}', f'"version":{version + 1}'),
+    }
+    content = whole.get(damage, damage) if isinstance(damage, str) else damage
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert cached(tmp_path, FlashInferIndex, "abc1234", build).exports == {"a": "b"}
     assert len(built) == 2
+    assert path.read_text() == text
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    index = FlashInferIndex(apis={}, exports={})
+    assert cached(tmp_path / "file", FlashInferIndex, "abc1234", lambda: index) is index
+    with pytest.raises(InputError, match="valid name"):
+        cached(tmp_path, FlashInferIndex, "../escape", lambda: index)
+
+
+def test_revision(cloned: Path, tmp_path: Path) -> None:
+    assert len(revision(cloned / "flashinfer", "flashinfer_python")) >= 7
+    (tmp_path / "flashinfer_python-0.7.2.post1.dist-info").mkdir()
+    (tmp_path / "other-1.0.dist-info").mkdir()
+    assert revision(tmp_path, "flashinfer_python") == "0.7.2.post1"
+    with pytest.raises(InputError, match="neither a git checkout nor"):
+        revision(tmp_path, "sglang")
