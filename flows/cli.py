@@ -1,4 +1,4 @@
-"""The command line: `onboard`.
+"""The command line: `onboard`, with the commands that run the pipeline.
 
 Prefect takes two seconds to import, so each command imports what it needs when it runs.
 """
@@ -8,58 +8,24 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows import explore
+from flows.command import AsJson, Workspace, app, print_table, reported
 from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
     from flows.report import Report
     from tasks.request import OnboardRequest
 
-P = ParamSpec("P")
-_TABLE_WIDTH = 150
-
-app = typer.Typer(
-    help="From a released LLM to its GPU kernels in FlashInfer-Bench.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a kernel failed, 2 wrong input, 3 waiting upstream.",
-)
-
-Workspace = Annotated[
-    Path | None,
-    typer.Option(
-        "--workspace",
-        help="Folder of clones, manifests, outbox [default: ONBOARD_WORKSPACE, ./workspace].",
-        show_default=False,
-    ),
-]
-
-
-def _reported(command: Callable[P, int]) -> Callable[P, None]:
-    """Print a command's error as one line on standard error; exit with its code or its result."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            code = command(*args, **kwargs)
-        except OnboardError as error:
-            typer.echo(f"onboard: {error}", err=True)
-            code = error.exit_code
-        raise typer.Exit(code)
-
-    return run
+explore.register(app)
 
 
 @app.command("run")
-@_reported
+@reported
 def run_model(
     *,
     model_name: Annotated[str, typer.Option(help="Model slug, e.g. qwen3-30b-a3b.")],
@@ -88,9 +54,10 @@ def run_model(
 ) -> int:
     """Onboard one model, or go on where an earlier run of it stopped."""
     from tasks import settings
+    from tasks.request import parse_request
 
     options = settings.load_settings(workspace)
-    request = _request(
+    request = parse_request(
         model_name=model_name,
         hf_repo_id=hf_repo_id,
         config=config.absolute() if config else None,
@@ -110,19 +77,6 @@ def _phases(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--phases: {text!r} is not a list like 0,1,2") from error
-
-
-def _request(**fields: Any) -> OnboardRequest:
-    from pydantic import ValidationError
-
-    from tasks.request import OnboardRequest
-
-    try:
-        return OnboardRequest(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        raise InputError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _preflight(request: OnboardRequest) -> None:
@@ -191,22 +145,12 @@ def _until_interrupted() -> None:
 
 
 def _print_report(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from tasks.manifest import Route
 
-    table = Table(title=f"Kernels of {report.run.model_slug}", title_justify="left", box=None)
     rows = [report.row(entry) for entry in report.run.kernels]
     for row in rows:
         del row["op type"]  # lines are long, and names begin with it or say it
-    for heading in rows[0] if rows else ():
-        table.add_column(heading, no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    # Never squeezed: a pipe gets whole lines, a narrow terminal wraps them.
-    console = Console()
-    Console(width=max(console.width, _TABLE_WIDTH)).print(table)
+    print_table(f"Kernels of {report.run.model_slug}", rows)
     for entry in report.run.kernels:
         if entry.error:
             typer.secho(f"failed: {entry.error}", fg="red")
@@ -239,7 +183,7 @@ def _dry_run(request: OnboardRequest) -> int:
 
 
 @app.command()
-@_reported
+@reported
 def status(
     manifest_file: Annotated[
         Path | None,
@@ -247,7 +191,7 @@ def status(
             metavar="[MANIFEST]", help="A run manifest [default: all in the workspace]."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> int:
     """Show where every kernel of a run stands; the exit code is the run's."""
@@ -283,7 +227,7 @@ def status(
 
 
 @app.command()
-@_reported
+@reported
 def server(
     workspace: Workspace = None,
     port: Annotated[int, typer.Option(help="Port of the UI and the API, on loopback.")] = 4200,
@@ -302,7 +246,7 @@ def server(
 
 
 @app.command()
-@_reported
+@reported
 def sample(
     workspace: Annotated[Path, typer.Option("--workspace", help="Folder to create.")] = Path(
         "demo"

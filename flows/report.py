@@ -55,8 +55,16 @@ class Report:
         }
 
     def inventory(self) -> list[dict[str, str]]:
-        """Return a line per kernel."""
-        return [{"model": self.run.model_slug, **self.row(entry)} for entry in self.run.kernels]
+        """Return a line per kernel, with the reasons of its classification."""
+        return [
+            {
+                "model": self.run.model_slug,
+                **self.row(entry),
+                "server flags": " ".join(entry.server_flags or ()),
+                "why": "; ".join(entry.evidence or ()),
+            }
+            for entry in self.run.kernels
+        ]
 
     def links(self, entry: KernelEntry) -> dict[str, str]:
         """Return what was published for a kernel, by kind."""

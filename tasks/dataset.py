@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tasks import git
-from tasks.errors import DefinitionError
+from tasks.errors import DefinitionError, InputError
 from tasks.files import safe_name
 
 
@@ -78,14 +78,36 @@ class DefinitionFiles:
 
 
 def published_definitions(clone: Path) -> dict[str, str]:
-    """Return name -> op_type of every definition in the commit the clone has checked out.
+    """Return name -> op_type of every definition of the dataset.
 
-    Definitions that a run staged in the work tree are not in that commit, so they stay `new` until
-    they are merged upstream.
+    Of a git clone, those in the commit it has checked out: definitions that a run staged in the
+    work tree are not in that commit, so they stay `new` until they are merged upstream. Of a plain
+    folder, those that lie there.
+
+    Raises:
+        InputError: it is no folder.
     """
-    found = {}
-    for path in git.tracked_files(clone, "definitions"):
-        parts = PurePosixPath(path)
-        if parts.suffix == ".json" and len(parts.parts) == 3:
-            found[parts.stem] = parts.parts[1]
-    return found
+    return _listed(clone, "definitions", ".json")
+
+
+def collected_definitions(clone: Path) -> set[str]:
+    """Return the names of the definitions that have workloads in the dataset.
+
+    Raises:
+        InputError: it is no folder.
+    """
+    return set(_listed(clone, "workloads", ".jsonl"))
+
+
+def _listed(clone: Path, folder: str, suffix: str) -> dict[str, str]:
+    """Return stem -> middle folder of the files `{folder}/{op_type}/{name}{suffix}`."""
+    if not clone.is_dir():
+        raise InputError(f"{clone}: is no folder; it should be the dataset")
+    if (clone / ".git").exists():
+        paths = [PurePosixPath(path) for path in git.tracked_files(clone, folder)]
+    else:
+        files = sorted((clone / folder).glob(f"*/*{suffix}"))
+        paths = [PurePosixPath(path.relative_to(clone)) for path in files if path.is_file()]
+    return {
+        path.stem: path.parts[1] for path in paths if path.suffix == suffix and len(path.parts) == 3
+    }

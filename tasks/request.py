@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from tasks.errors import InputError
 from tasks.files import safe_name
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
 from tasks.settings import load_settings
@@ -63,6 +65,20 @@ class OnboardRequest(BaseModel):
         if unknown or not value:
             raise ValueError(f"{list(value)}: phases are 0 to 4")
         return tuple(sorted(set(value)))
+
+
+def parse_request(**fields: Any) -> OnboardRequest:
+    """Build a request from a command's options.
+
+    Raises:
+        InputError: one of them is wrong; the message names the option.
+    """
+    try:
+        return OnboardRequest(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise InputError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 class Step(Enum):

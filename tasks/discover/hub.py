@@ -1,24 +1,161 @@
-"""Fetch a model's `config.json` from the Hugging Face Hub."""
+"""What the Hugging Face Hub knows: a model's `config.json`, and which models there are."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tasks.errors import ConfigError, InputError
+from tasks.errors import ConfigError, InputError, OnboardError
 from tasks.settings import Settings
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_PROBE_SECONDS = 3
+_LISTED = 30
+
+
+class HubError(OnboardError):
+    """The Hub cannot be asked now; nothing needs it to go on."""
+
+
+def _token(settings: Settings) -> str | None:
+    return settings.hf_token.get_secret_value() if settings.hf_token else None
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model repository as the Hub lists it."""
+
+    repo_id: str
+    architectures: tuple[str, ...]
+    created: str | None
+    """The day, where the Hub says."""
+
+
+class Hub:
+    """Listings of the Hub, all of them within one limit of time."""
+
+    def __init__(self, settings: Settings, seconds: float = 20) -> None:
+        self._settings = settings
+        self._deadline = time.monotonic() + seconds
+        self._reached = False
+
+    def trending(self) -> list[HubModel]:
+        """Return the text-generation models that are trending, most trending first.
+
+        Raises:
+            HubError: it cannot be reached, or does not answer in time or in its own form.
+        """
+        return self._models(pipeline_tag="text-generation", sort="trending_score")
+
+    def find(self, architecture: str, *queries: str) -> str | None:
+        """Return the most downloaded model whose config names an architecture.
+
+        Args:
+            architecture: the class, as in `config.json`.
+            queries: what to search for besides it, until there is a model.
+
+        Raises:
+            HubError: as `trending`.
+        """
+        for query in (architecture, *queries):
+            for model in self._models(search=query, sort="downloads"):
+                if architecture in model.architectures:
+                    return model.repo_id
+        return None
+
+    def _models(self, **query: Any) -> list[HubModel]:
+        from huggingface_hub import HfApi, get_session
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        api = HfApi(endpoint=self._settings.hf_endpoint, token=_token(self._settings))
+
+        def ask() -> list[HubModel]:
+            if not self._reached:
+                # The client retries for minutes, and waits without end, where nobody answers.
+                get_session().head(api.endpoint, timeout=_PROBE_SECONDS)
+                self._reached = True
+            listed = api.list_models(**query, limit=_LISTED, fetch_config=True)
+            return [_model(found) for found in listed if REPO_ID.fullmatch(str(found.id))]
+
+        try:
+            return _within(self._deadline - time.monotonic(), ask)
+        # Whatever its client trips over: the Hub is one source among others.
+        except Exception as error:
+            self._deadline = 0
+            raise HubError(
+                f"the Hugging Face Hub was not asked ({type(error).__name__})"
+            ) from error
+
+
+def _model(found: Any) -> HubModel:
+    config = found.config if isinstance(found.config, dict) else {}
+    names = config.get("architectures")
+    return HubModel(
+        repo_id=found.id,
+        architectures=tuple(name for name in names if isinstance(name, str))
+        if isinstance(names, list)
+        else (),
+        created=f"{found.created_at:%Y-%m-%d}" if found.created_at else None,
+    )
+
+
+def _within(seconds: float, ask: Callable[[], list[HubModel]]) -> list[HubModel]:
+    """Return what `ask` returns, waiting for it no longer than given.
+
+    Raises:
+        TimeoutError: it took longer; its thread is left behind and stops no exit.
+    """
+    answers: list[list[HubModel]] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    if seconds > 0:
+        thread.start()
+        thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError
+    return answers[0]
+
+
+def _download(repo_id: str, name: str, settings: Settings, cache: Path) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            repo_id,
+            name,
+            token=_token(settings),
+            endpoint=settings.hf_endpoint,
+            cache_dir=cache,
+        )
+    )
 
 
 def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
     """Download `config.json` of a model repository into `cache` and return its path.
+
+    Beside it lies `hf_quant_config.json`, where the repository has one.
 
     Raises:
         InputError: `repo_id` is not a repository id.
         ConfigError: the repository or the file does not exist, is private, or the Hub cannot be
             reached; the message says how to go on with a local file.
     """
-    from httpx import HTTPError
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -29,14 +166,11 @@ def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
 
     # Its retries are warnings; what comes of them is our error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
     otherwise = "give the file itself with --config FILE"
     try:
-        return Path(
-            hf_hub_download(
-                repo_id, "config.json", token=token, endpoint=settings.hf_endpoint, cache_dir=cache
-            )
-        )
+        path = _download(repo_id, "config.json", settings, cache)
+        with contextlib.suppress(EntryNotFoundError):
+            _download(repo_id, "hf_quant_config.json", settings, cache)
     except HFValidationError as error:
         raise InputError(
             f"--hf-repo-id: {repo_id!r} is not a Hugging Face repository id"
@@ -55,7 +189,9 @@ def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
         ) from error
     except EntryNotFoundError as error:
         raise ConfigError(f"{repo_id}: has no config.json; {otherwise}") from error
-    except (HTTPError, OSError) as error:
+    # Which library its HTTP errors are of depends on the client's release.
+    except Exception as error:
         raise ConfigError(
             f"{repo_id}: config.json cannot be fetched ({type(error).__name__}); {otherwise}"
         ) from error
+    return path

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tasks import ops
-from tasks.discover.sources import FlashInferIndex, SglangIndex
+from tasks.discover.sources import FlashInferIndex, SglangIndex, Site
 from tasks.manifest import KernelEntry
 from tasks.model import ModelConfig, Serving
 from tasks.ops.base import (
@@ -224,19 +224,35 @@ def _flashinfer_api(kernel: Kernel, provider: FlashInferApi, sources: Sources) -
         f"FlashInfer {flashinfer_sha}: {provider.path} at {api.file}:{api.line}, "
         f"{template} a trace template"
     )
-    defined = sources.flashinfer.resolve(provider.path)
-    sites = [
-        site
-        for origin, places in sorted(sources.sglang.references.items())
-        if sources.flashinfer.resolve(origin) == defined
-        for site in places
-    ]
+    site = _call_site(provider, sources)
     flags = f", with {' '.join(provider.server_flags)}" if provider.server_flags else ""
-    called = f"called at {sites[0]}{flags}" if sites else f"no call of {provider.path}"
+    called = f"called at {site}{flags}" if site else f"no call of {provider.path}"
     return replace(
         kernel,
         fi_status="fi_supported",
         fi_trace_template=api.has_template,
-        sgl_status="sgl_integrated" if sites else "sgl_missing",
+        sgl_status="sgl_integrated" if site else "sgl_missing",
         evidence=(*kernel.evidence, found, f"SGLang {sglang_sha}: {called}"),
+    )
+
+
+def _call_site(provider: FlashInferApi, sources: Sources) -> Site | None:
+    """Return where SGLang uses the API: in the layer that should, in another, or nowhere."""
+    defined = sources.flashinfer.resolve(provider.path)
+    sites = [
+        site
+        for origin, places in sorted(sources.sglang.sites.items())
+        if sources.flashinfer.resolve(origin) == defined
+        for site in places
+        if site.kind != "import"  # what is imported may be left unused
+    ]
+    layer = provider.sglang_layer.removeprefix("python/")
+    return min(
+        sites,
+        key=lambda site: (
+            not site.file.endswith(layer),
+            "/srt/layers/" not in site.file,
+            site.kind != "call",
+        ),
+        default=None,
     )

@@ -21,7 +21,14 @@ from pydantic import BaseModel
 from tasks.discover.constants import Calculator
 from tasks.discover.references import Kind, Use, uses
 from tasks.discover.server_flags import DECLARES, ServerFlag, ServerFlags, complete, read_flags
-from tasks.discover.syntax import absolute, module_name, parse, python_files, statements
+from tasks.discover.syntax import (
+    absolute,
+    entry_classes,
+    module_name,
+    parse,
+    python_files,
+    statements,
+)
 from tasks.discover.values import import_bindings
 from tasks.errors import InputError
 
@@ -155,7 +162,7 @@ class _Scan:
                 self.direct[use.origin].append(site)
 
     def _read_model(self, path: str, tree: ast.Module) -> None:
-        classes = list(_entry_classes(tree))
+        classes = list(entry_classes(tree))
         for name in classes:
             self.architectures.setdefault(name, path)
         if classes:
@@ -203,19 +210,6 @@ def _uses(
 
 
 # Models, backends, flags
-
-
-def _entry_classes(tree: ast.Module) -> Iterator[str]:
-    for node in statements(tree.body):
-        match node:
-            case ast.Assign(targets=[ast.Name(id="EntryClass")], value=value):
-                pass
-            case ast.AnnAssign(target=ast.Name(id="EntryClass"), value=ast.expr() as value):
-                pass
-            case _:
-                continue
-        values = value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
-        yield from (value.id for value in values if isinstance(value, ast.Name))
 
 
 def _imported_modules(layout: _Layout, path: str, body: Iterable[ast.AST]) -> Iterator[str]:

@@ -89,3 +89,17 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from statements(getattr(node, field, None) or [])
         for part in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
             yield from statements(part.body)
+
+
+def entry_classes(tree: ast.Module) -> Iterator[str]:
+    """Yield the classes that an SGLang model file registers by `EntryClass`."""
+    for node in statements(tree.body):
+        match node:
+            case ast.Assign(targets=[ast.Name(id="EntryClass")], value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id="EntryClass"), value=ast.expr() as value):
+                pass
+            case _:
+                continue
+        values = value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
+        yield from (value.id for value in values if isinstance(value, ast.Name))

@@ -16,13 +16,13 @@ from typing import Any
 from tasks import ops
 from tasks.collect.dumps import read_calls
 from tasks.collect.sanitize import sanitize
-from tasks.discover.inventory import required_kernels
-from tasks.discover.sources import FlashInferIndex, SglangIndex, cached, index_flashinfer
-from tasks.discover.sources import index_sglang as scan_sglang
+from tasks.discover.inventory import requirements
+from tasks.discover.phase import inventory, read_sources
 from tasks.model import Serving, read_config
 from tasks.ops.base import FlashInferApi
 from tasks.repos import clone
-from tasks.repos.sample import make_sample
+from tasks.repos.sample import download, make_sample
+from tasks.request import OnboardRequest
 from tasks.settings import load_settings
 from tests.conftest import DATA
 from tests.unit.test_collect import definition_of
@@ -48,7 +48,7 @@ def line(what: str, seconds: float, baseline: str, reference: float) -> None:
 def grep_each(sglang: Path, flashinfer: Path, names: list[str]) -> None:
     """The original procedure: grep both trees for every kernel's API by name."""
     for name in names:
-        for folder in (sglang / "python" / "sglang" / "srt", flashinfer / "flashinfer"):
+        for folder in (sglang, flashinfer):
             subprocess.run(["grep", "-rn", name, str(folder)], capture_output=True, check=False)
 
 
@@ -58,36 +58,62 @@ def read_every_line(dumps: Path) -> None:
         json.loads(path.read_text().splitlines()[-1])
 
 
+NEWEST = {"flashinfer-python": "0.7.2.post1", "sglang": "0.5.23"}
+"""Larger trees than the sample's: what the source indexes are measured on."""
+
+
+def cpu(function: Callable[[], Any]) -> float:
+    """Return the CPU seconds of one run."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def discovery(workspace: Path, cache: Path) -> None:
+    """Measure phase 1: names, source indexes, a whole model."""
+    kernels = specs("Qwen--Qwen3-30B-A3B")
+    apis = [
+        provider.path.rpartition(".")[2]
+        for spec in kernels.values()
+        if isinstance(provider := ops.op_module(spec.op_type).provider(spec), FlashInferApi)
+    ]
+    flashinfer, sglang = (download(package, version) for package, version in NEWEST.items())
+    grep = best(lambda: grep_each(sglang / "sglang" / "srt", flashinfer / "flashinfer", apis), 2)
+    baseline = f"{len(apis)} kernels' greps"
+
+    shas = {"flashinfer": "0.7.2", "sglang": "0.5.23"}
+    cold = cpu(lambda: read_sources(flashinfer, sglang, shas, cache))
+    line("phase 1: index of 0.7.2 and 0.5.23, cold, CPU", cold, baseline, grep)
+    warm = best(lambda: read_sources(flashinfer, sglang, shas, cache))
+    line("phase 1: the same from the cache", warm, baseline, grep)
+
+    configs = sorted((DATA / "configs").glob("*.json"))
+    servings = [Serving(tp=tp, ep=1, origin="bench") for tp in (1, 2, 4, 8)]
+    names = best(lambda: [requirements(read_config(path), servings) for path in configs])
+    line(f"phase 1: names of {len(configs)} configs x 4 tp", names, baseline, grep)
+
+    options = load_settings(workspace)
+    remotes = options.remotes.model_dump()
+    made = {name: clone.update(name, remotes[name], options.clone(name)) for name in clone.PHASE0}
+    request = OnboardRequest(
+        model_name="qwen3-30b-a3b",
+        hf_repo_id="Qwen/Qwen3-30B-A3B",
+        config=DATA / "configs" / "Qwen--Qwen3-30B-A3B.json",
+        workspace=workspace,
+    )
+    clones = {name: checkout.path for name, checkout in made.items()}
+    known = {name: checkout.sha for name, checkout in made.items()}
+    whole = best(lambda: inventory(request, clones, known, cache, options))
+    line("phase 1: all of one model, warm", whole, baseline, grep)
+
+
 def main() -> None:
     """Measure phase 1 and phase 3 on the sample's sources and dumps."""
     with tempfile.TemporaryDirectory(prefix="onboard-bench-") as folder:
         workspace, cache = Path(folder, "workspace"), Path(folder, "cache")
         make_sample(workspace, print)
-        options = load_settings(workspace)
-        trees = {}
-        for name in ("sglang", "flashinfer"):
-            url = getattr(options.remotes, name)
-            trees[name] = clone.update(name, url, options.clone(name)).path
+        discovery(workspace, cache)
         kernels = specs("Qwen--Qwen3-30B-A3B")
-        apis = [
-            provider.path.rpartition(".")[2]
-            for spec in kernels.values()
-            if isinstance(provider := ops.op_module(spec.op_type).provider(spec), FlashInferApi)
-        ]
-        grep = best(lambda: grep_each(trees["sglang"], trees["flashinfer"], apis), 2)
-
-        def index() -> None:
-            cached(cache, FlashInferIndex, "0", lambda: index_flashinfer(trees["flashinfer"]))
-            cached(cache, SglangIndex, "0", lambda: scan_sglang(trees["sglang"]))
-
-        cold = best(index, 1)
-        line("phase 1: both source indexes, cold", cold, "grep per kernel", grep)
-        line("phase 1: both source indexes, warm", best(index), "grep per kernel", grep)
-
-        models = [read_config(path) for path in sorted((DATA / "configs").glob("*.json"))]
-        servings = [Serving(tp=tp, ep=1, origin="bench") for tp in (1, 2, 4, 8)]
-        names = best(lambda: [required_kernels(model, servings) for model in models])
-        line(f"phase 1: names, {len(models)} configs x 4 tp", names, "grep per kernel", grep)
 
         dumps = workspace / "dumps" / "qwen3-30b-a3b"
         floor = best(lambda: read_every_line(dumps))

@@ -9,10 +9,13 @@ from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.coverage_doc import CoverageDocument
 from tasks.discover.inventory import requirements
 from tasks.discover.phase import Inventory, take
+from tasks.errors import ConfigError
 from tasks.model import Serving, parse_config, read_config
 from tests.conftest import DATA
 
@@ -270,3 +273,28 @@ def test_every_config_gives_norms_gemms_and_sampling(config: Any) -> None:
     found = inventory(config.stem)
     assert {"rmsnorm", "gemm", "sampling"} <= {kernel.spec.op_type for kernel in found.kernels}
     assert len({kernel.spec.name for kernel in found.kernels}) == len(found.kernels)
+
+
+WILD = [json.loads(path.read_text()) for path in sorted((DATA / "configs").glob("*.json"))]
+LANGUAGE_PARTS = [config.get("text_config", config) for config in WILD]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_a_damaged_config_gives_an_inventory_or_a_typed_error(data: st.DataObject) -> None:
+    part = data.draw(st.sampled_from(LANGUAGE_PARTS))
+    architecture = part.get("architectures") or ["Qwen3NextForCausalLM"]
+    damage = data.draw(st.dictionaries(st.sampled_from(sorted(part)), JSON, min_size=1, max_size=3))
+    lost = data.draw(st.sets(st.sampled_from(sorted(part)), max_size=2))
+    raw = {
+        k: v for k, v in {"architectures": architecture, **part, **damage}.items() if k not in lost
+    }
+    servings = [Serving(tp=tp, ep=ep, origin="test") for tp, ep in ((1, 1), (8, 4))]
+    try:
+        take(parse_config(raw, "config.json"), servings).as_json("test", None)
+    except ConfigError as error:
+        assert str(error).startswith("config.json: field ")

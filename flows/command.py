@@ -1,0 +1,96 @@
+"""What all commands of `onboard` share: the app, how errors end, options, tables.
+
+Prefect takes two seconds to import, so each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from tasks.errors import InputError, OnboardError
+
+P = ParamSpec("P")
+_TABLE_WIDTH = 150
+
+app = typer.Typer(
+    help="From a released LLM to its GPU kernels in FlashInfer-Bench.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a kernel failed, 2 wrong input, 3 waiting upstream.",
+)
+
+Workspace = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        help="Folder of clones, manifests, outbox [default: ONBOARD_WORKSPACE, ./workspace].",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class _Warnings(logging.Handler):
+    """Warnings of the plain modules, as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        typer.echo(f"onboard: warning: {record.getMessage()}", err=True)
+
+
+def reported(command: Callable[P, int]) -> Callable[P, None]:
+    """Print a command's error as one line on standard error; exit with its code or its result."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        log = logging.getLogger("tasks")
+        if not log.handlers:
+            log.addHandler(_Warnings(logging.WARNING))
+        try:
+            code = command(*args, **kwargs)
+        except OnboardError as error:
+            typer.echo(f"onboard: {error}", err=True)
+            code = error.exit_code
+        raise typer.Exit(code)
+
+    return run
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """Read a list such as `1,2,8`.
+
+    Raises:
+        InputError: it is not one of positive integers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**6 for part in parts):
+        raise InputError(f"{option}: {text!r} is not a list of positive integers like 1,2,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def print_table(title: str, rows: Iterable[Mapping[str, str]]) -> None:
+    """Print rows under their keys; a pipe gets whole lines, a narrow terminal wraps them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=None)
+    listed = list(rows)
+    for heading in listed[0] if listed else ():
+        table.add_column(heading, no_wrap=True)
+    for row in listed:
+        table.add_row(*(Text(cell) for cell in row.values()))
+    console = Console()
+    longest = sum(
+        max(len(heading), *(len(row[heading]) for row in listed)) + 2
+        for heading in (listed[0] if listed else ())
+    )
+    Console(width=max(console.width, _TABLE_WIDTH, longest)).print(table)
