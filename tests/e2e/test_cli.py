@@ -31,7 +31,7 @@ def test_help_lists_the_commands_and_imports_no_prefect() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "status", "sample", "server"):
+    for command in ("run", "status", "repos", "discover", "inventory", "sources", "coverage", "server"):
         assert command in done.stdout
 
 
