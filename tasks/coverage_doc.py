@@ -431,7 +431,8 @@ class CoverageDocument:
         for index in table.lines:
             spans = _spans(self.lines[index])
             widths.add(spans[column][1] - spans[column][0] if column < len(spans) else 0)
-        if len(widths) == 1:
+        has_rows = len(table.lines) > 2  # a header and its rule alone are no sign of alignment
+        if has_rows and len(widths) == 1:
             return f"{left}{content}".ljust(len(cell) - 1) + right[-1]
         return f"{left}{content}{right}"
 

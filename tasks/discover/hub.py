@@ -135,6 +135,8 @@ def _within(seconds: float, ask: Callable[[], list[HubModel]]) -> list[HubModel]
 def _download(repo_id: str, name: str, settings: Settings, cache: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
+    # Its retries are warnings; what comes of them is our error. (Importing it sets the level.)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return Path(
         hf_hub_download(
             repo_id,
@@ -164,8 +166,6 @@ def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
         RepositoryNotFoundError,
     )
 
-    # Its retries are warnings; what comes of them is our error.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     otherwise = "give the file itself with --config FILE"
     try:
         path = _download(repo_id, "config.json", settings, cache)

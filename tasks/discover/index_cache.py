@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,14 +38,14 @@ _WHEEL = re.compile(r"(?P<name>[A-Za-z0-9_.]+)-(?P<version>[A-Za-z0-9_.+!]+)\.di
 
 
 def revision(checkout: Path, package: str) -> str:
-    """Return what names a tree's content: the commit, or an unpacked wheel's package version.
+    """Return what names a tree's content.
+
+    The commit of a git checkout, the version of an unpacked wheel, or else a digest of the names,
+    sizes and times of the Python files.
 
     Args:
         checkout: the tree.
         package: the package it holds, as its wheel calls it (`flashinfer_python`).
-
-    Raises:
-        InputError: it is neither a git checkout nor an unpacked wheel of the package.
     """
     if (checkout / ".git").exists():
         return git.short_sha(checkout)
@@ -52,4 +53,10 @@ def revision(checkout: Path, package: str) -> str:
         wheel = _WHEEL.fullmatch(folder.name)
         if wheel and wheel["name"].lower() == package.lower():
             return wheel["version"]
-    raise InputError(f"{checkout}: neither a git checkout nor an unpacked {package} wheel")
+    digest = hashlib.sha256()
+    for path in sorted(checkout.rglob("*.py")):
+        status = path.lstat()
+        digest.update(
+            ascii((path.relative_to(checkout), status.st_size, status.st_mtime_ns)).encode()
+        )
+    return f"tree-{digest.hexdigest()[:12]}"

@@ -39,13 +39,13 @@ def test_demo_then_again(tmp_path: Path) -> None:
         printed.append(done.stdout)
     assert codes == [0, 3, 0]
     assert "Report: 14 existing, 3 published, 1 waiting" in printed[1]
-    assert "Report: 11 defined, 3 existing, 7 published" in printed[2]
+    assert "Report: 11 defined, 5 existing, 10 published" in printed[2]
     assert re.search(r"Time: server .*phase 0 .*phase 1 .*phase 2 .*phase 3 .*phase 4", printed[1])
     journal = git("log", "--format=%s", cwd=folder / "outbox").splitlines()
-    # A dataset and a coverage commit for each of the ten published, the waiting one's pull
+    # A dataset and a coverage commit for each of the thirteen published, the waiting one's pull
     # request, and the two kernel requests.
     texts = git("ls-files", "*.md", cwd=folder / "outbox").splitlines()
-    assert len(journal) == len(texts) == 2 * 10 + 1 + 2
+    assert len(journal) == len(texts) == 2 * 13 + 1 + 2
     manifests = {p: p.read_bytes() for p in folder.glob("onboard_*.json")}
     assert len(manifests) == 2
 

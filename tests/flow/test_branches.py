@@ -166,7 +166,10 @@ def test_artifacts_show_the_inventory_and_the_report(workspace: Path) -> None:
     assert report is not None
     rows = json.loads(str(table.data))
     assert len(rows) == 18
-    assert {
+    (row,) = (row for row in rows if row["definition"] == WAITING)
+    reasons = row.pop("why")
+    assert "no call of flashinfer.sampling.top_k_sampling_from_probs" in reasons
+    assert row == {
         "model": "qwen3-30b-a3b",
         "definition": WAITING,
         "op type": "sampling",
@@ -175,7 +178,8 @@ def test_artifacts_show_the_inventory_and_the_report(workspace: Path) -> None:
         "template": "yes",
         "SGLang": "missing",
         "state": "new",
-    } in rows
+        "server flags": "--sampling-backend flashinfer",
+    }
     assert f"| `{WAITING}` | new |" in str(report.data)
 
 

@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from tasks import manifest
+from tasks.manifest import RunManifest
 from tests.conftest import DATA
 
 QWEN = DATA / "configs" / "Qwen--Qwen3-30B-A3B.json"
@@ -251,6 +253,39 @@ def test_coverage_refresh_touches_its_model_only_and_once(workspace: Path) -> No
     assert all(new in section or new.startswith("| Qwen3 30B A3B |") for _, new in changed)
     assert answer(*refresh)["changed"] is False
     assert document(workspace).read_text() == after
+
+
+def test_coverage_adds_a_model_that_has_a_manifest(workspace: Path) -> None:
+    run = RunManifest.model_validate(
+        {
+            "model_slug": "novel-9b",
+            "hf_repo_id": "acme/Novel-9B",
+            "date": "2026-11-20",
+            "architecture": "NovelForCausalLM",
+            "kernels": [
+                {"definition_name": name, "op_type": op, "phase1_status": status}
+                for name, op, status in (
+                    ("gemm_n128_k2048", "gemm", "existing"),
+                    ("gqa_paged_decode_h9_kv3_d128_ps1", "gqa_paged", "new"),
+                )
+            ],
+        }
+    )
+    manifest.create(workspace / "onboard_novel-9b_20261120.json", run)
+    found = answer("coverage", "--model-name", "novel-9b", "--workspace", workspace)
+    added = [line for line in found["diff"].splitlines() if line.startswith("+") and "|" in line]
+    assert added == [
+        "+| Novel-9B | NovelForCausalLM | 🟡 Partial |",
+        "+| Definition | Op Type | Status |",
+        "+|-----------|---------|:------:|",
+        "+| `gemm_n128_k2048` | gemm | ✅ |",
+        "+| `gqa_paged_decode_h9_kv3_d128_ps1` | gqa_paged | ❌ |",
+    ]
+    assert not [
+        line
+        for line in found["diff"].splitlines()
+        if line.startswith("-") and not line.startswith("---")
+    ]
 
 
 def test_coverage_of_an_unknown_model_names_close_ones(workspace: Path) -> None:

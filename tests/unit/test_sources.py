@@ -550,5 +550,9 @@ def test_revision(cloned: Path, tmp_path: Path) -> None:
     (tmp_path / "flashinfer_python-0.7.2.post1.dist-info").mkdir()
     (tmp_path / "other-1.0.dist-info").mkdir()
     assert revision(tmp_path, "flashinfer_python") == "0.7.2.post1"
-    with pytest.raises(InputError, match="neither a git checkout nor"):
-        revision(tmp_path, "sglang")
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "a.py").write_text("1")
+    before = revision(tmp_path, "sglang")
+    (tmp_path / "sglang" / "b.py").write_text("")
+    assert before.startswith("tree-")
+    assert revision(tmp_path, "sglang") not in (before, "0.7.2.post1")
