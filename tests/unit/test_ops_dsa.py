@@ -10,8 +10,7 @@ import pytest
 
 from tasks.ops import op_module
 from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, NotProduced
-from tests.unit.test_ops import PUBLISHED
-from tests.unit.test_ops_mla import (
+from tests.unit.families import (
     LATENT,
     YARN,
     assert_same,
@@ -25,6 +24,7 @@ from tests.unit.test_ops_mla import (
     run_published,
     specs,
 )
+from tests.unit.test_ops import PUBLISHED
 
 with suppress(ImportError):  # the bench extra: tests marked so are skipped without it
     import torch

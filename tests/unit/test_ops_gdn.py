@@ -14,8 +14,7 @@ import pytest
 from tasks.errors import ConfigError
 from tasks.ops import op_module
 from tasks.ops.base import KernelSpec, NotProduced
-from tests.unit.test_ops import PUBLISHED
-from tests.unit.test_ops_mla import (
+from tests.unit.families import (
     assert_same,
     check_against_published,
     check_described,
@@ -27,6 +26,7 @@ from tests.unit.test_ops_mla import (
     run_published,
     specs,
 )
+from tests.unit.test_ops import PUBLISHED
 
 with suppress(ImportError):  # the bench extra: tests marked so are skipped without it
     import torch

@@ -10,8 +10,7 @@ import pytest
 from tasks.errors import ConfigError
 from tasks.ops import op_module
 from tasks.ops.base import FlashInferApi, KernelSpec, Unmapped
-from tests.unit.test_ops import PUBLISHED
-from tests.unit.test_ops_mla import (
+from tests.unit.families import (
     LATENT,
     assert_same,
     check_against_published,
@@ -24,6 +23,7 @@ from tests.unit.test_ops_mla import (
     run_published,
     specs,
 )
+from tests.unit.test_ops import PUBLISHED
 
 with suppress(ImportError):  # the bench extra: tests marked so are skipped without it
     import torch
