@@ -33,6 +33,141 @@ def test_weights_are_estimated_within_three_per_cent(name: str, billions: float)
     assert model.weight_bytes() / 2e9 == pytest.approx(billions, rel=0.03)
 
 
+NEMOTRON = "nvidia--NVIDIA-Nemotron-3-Super-120B-A12B-FP8"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "width", "attention", "gigabytes"),
+    # Parameters as published, in billions, times the bytes of one with its share of the scales.
+    [
+        ("deepseek-ai--DeepSeek-V3", "fp8", "fp8", True, 671),
+        ("Qwen--Qwen3-30B-A3B-FP8", "fp8", "fp8", True, 31),
+        # A trillion experts' weights of 4 bits and a 16-bit scale for 32 of them; the rest bf16.
+        ("moonshotai--Kimi-K2.5", "compressed-tensors", "int4", False, 594),
+        # The published checkpoint has 13.8 GB.
+        ("openai--gpt-oss-20b", "mxfp4", "fp4", False, 13.8),
+        (NEMOTRON, "modelopt", "fp8", True, 120),
+    ],
+)
+def test_quantisation_counts(
+    name: str, method: str, width: str, attention: bool, gigabytes: float
+) -> None:
+    raw = json.loads((DATA / "configs" / f"{name}.json").read_text())
+    beside = DATA / "hf_quant" / f"{name}.hf_quant_config.json"
+    quantisation = json.loads(beside.read_text()) if beside.exists() else None
+    found = parse_config(raw, name, quantisation)
+    assert found.quantization is not None
+    assert found.quantization.method == method
+    assert (found.quantization.width, found.quantization.attention) == (width, attention)
+    assert found.weight_bytes() / 1e9 == pytest.approx(gigabytes, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "int4"),
+        ({"quant_method": "gptq", "bits": 8}, "int8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "int4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
+        ({"quant_method": "fbgemm_fp8"}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp4"),
+        ({"quant_algo": "FP8", "kv_cache_scheme": "fp8"}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "int4"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+            },
+            "fp8",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+            },
+            "fp4",
+        ),
+        ({}, None),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}, None),
+    ],
+)
+def test_widths_of_quantisation_methods(config: dict[str, Any], width: str | None) -> None:
+    found = parse_config(QWEN | {"quantization_config": config}, "config.json").quantization
+    assert (found.width if found else None) == width
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("fp8", "field quantization_config: not an object"),
+        ({"quant_method": 8}, "field quantization_config.quant_method: 8 is not a string"),
+        ({"quant_method": "novel"}, "quant_method: 'novel': cannot tell the width"),
+        (
+            {"quant_method": "awq", "bits": "4"},
+            "field quantization_config.bits: '4' is not an integer",
+        ),
+    ],
+)
+def test_quantisation_is_not_guessed(config: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(QWEN | {"quantization_config": config}, "config.json")
+    assert message in str(caught.value)
+
+
+LAYERS = {"num_hidden_layers": 4, "architectures": ["Qwen3NextForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "mixers"),
+    [
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            {"full_attention": 2, "sliding_attention": 2},
+        ),
+        ({"sliding_window_pattern": 2}, {"sliding_attention": 2, "full_attention": 2}),
+        ({"sliding_window_pattern": "LLG"}, {"sliding_attention": 3, "full_attention": 1}),
+        ({"hybrid_layer_pattern": [0, 1, 1, 0]}, {"full_attention": 2, "sliding_attention": 2}),
+        ({"full_attention_interval": 4}, {"linear_attention": 3, "full_attention": 1}),
+        ({"hybrid_override_pattern": "M-*E"}, {"mamba": 1, "full_attention": 1}),
+        ({"attn_layer_period": 4, "attn_layer_offset": 1}, {"mamba": 3, "full_attention": 1}),
+        ({"linear_attn_config": {"kda_layers": [1, 2, 3]}}, {"kda": 3, "full_attention": 1}),
+        ({"full_attn_idxs": [2]}, {"conv": 3, "full_attention": 1}),
+        ({"layer_group_size": 3}, {"linear_attention": 2, "full_attention": 2}),
+        ({"model_type": "falcon_h1"}, {"mamba": 4, "full_attention": 4}),
+        ({"model_type": "mamba2"}, {"mamba": 4}),
+        (
+            {"layer_types": ["novel", "novel", "full_attention", "novel"]},
+            {"novel": 3, "full_attention": 1},
+        ),
+        ({"layer_types": ["full_attention"] * 6}, {"full_attention": 4}),
+    ],
+)
+def test_layer_patterns(fields: dict[str, Any], mixers: dict[str, int]) -> None:
+    assert parse_config(QWEN | LAYERS | fields, "config.json").mixers == mixers
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"moe_layer_freq": [0, 1, 1, 1]}, 3),
+        ({"moe_layer_freq": 2}, 2),
+        ({"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}, 3),
+        ({"first_k_dense_replace": 1}, 3),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, 1),
+        ({"interleave_moe_layer_step": 2, "decoder_sparse_step": None}, 2),
+        ({"moe_layers_enum": "1,2"}, 2),
+        ({"expert_layer_period": 2, "expert_layer_offset": 1}, 2),
+        ({"moe_layer_start_index": 1, "moe_layer_end_index": 2}, 2),
+        ({"num_experts": 0}, 0),
+        ({"num_experts": None}, 0),
+        ({"hybrid_override_pattern": "M-*E"}, 1),
+    ],
+)
+def test_layers_with_experts(fields: dict[str, Any], layers: int) -> None:
+    assert parse_config(QWEN | LAYERS | fields, "config.json").moe_layers == layers
+
+
 def test_deepseek_v3_is_fp8_mla_with_grouped_routing() -> None:
     model = read_config(DATA / "configs" / "deepseek-ai--DeepSeek-V3.json")
     assert (model.is_mla, model.moe_layers) == (True, 58)
