@@ -240,6 +240,8 @@ class CoverageDocument:
         Raises:
             InputError: it cannot be read, is not UTF-8, or is not of the known form.
         """
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file")
         try:
             return cls.parse(path.read_bytes().decode())
         except OSError as error:

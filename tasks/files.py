@@ -72,7 +72,9 @@ def read_json_object(path: Path, what: str, error: type[InputError] = InputError
         InputError: (or the given subclass) not readable, not JSON, or not an object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise error(f"{path}: {what} is not a regular file")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{path}: {what} is not UTF-8 text (byte {cause.start})") from cause
     except OSError as cause:

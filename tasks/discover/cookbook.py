@@ -24,7 +24,7 @@ import yaml
 
 from tasks.coverage_doc import model_slug
 from tasks.errors import InputError
-from tasks.model import ModelConfig, Serving
+from tasks.model import ModelConfig, Serving, weight_bytes
 
 FOLDER = "data/models/generated"
 _QUANTISED = re.compile(r"-(FP8|NVFP4|MXFP4|FP4|INT4|INT8|AWQ|GPTQ|BF16)$", re.IGNORECASE)
@@ -172,6 +172,8 @@ def _serving(engine: dict[str, Any], where: str, origin: str) -> Serving:
             "neither true nor false"
         )
     if data_parallel_attention:
+        if dp < tp and tp % dp:
+            raise InputError(f"{where}: engine.tp {tp} is not a multiple of engine.dp {dp}")
         tp = max(1, tp // dp)  # A real entry has more data-parallel ranks than GPUs.
     return Serving(tp=tp, ep=ep, origin=origin)
 
@@ -229,7 +231,7 @@ def _from_cookbook(cookbook: Path, repo_id: str) -> list[Serving]:
 def _smallest_fit(model: ModelConfig, gpu_memory_gb: float) -> Serving:
     if not (math.isfinite(gpu_memory_gb) and gpu_memory_gb > 0):
         raise InputError(f"--gpu-memory: {gpu_memory_gb:g} is not a positive number of GB")
-    weights = model.weight_bytes() / 1e9
+    weights = weight_bytes(model) / 1e9
     tp = 1
     while tp * gpu_memory_gb < weights:
         tp *= 2
@@ -286,4 +288,7 @@ def serving_configs(
     found = _from_cookbook(cookbook, repo_id) if cookbook and repo_id else []
     if not found:
         return [_smallest_fit(model, gpu_memory_gb)]
-    return list({(s.tp, s.ep): s for s in reversed(found)}.values())[::-1]
+    distinct: dict[tuple[int, int], Serving] = {}
+    for serving in found:
+        distinct.setdefault((serving.tp, serving.ep), serving)
+    return list(distinct.values())

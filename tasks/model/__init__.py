@@ -4,6 +4,7 @@ from tasks.model.config import ModelConfig, Moe, Serving, parse_config, read_con
 from tasks.model.fields import Fields
 from tasks.model.layers import SOFTMAX, Attention, Layer
 from tasks.model.quantization import Quantization
+from tasks.model.weights import weight_bytes
 
 __all__ = [
     "SOFTMAX",
@@ -16,4 +17,5 @@ __all__ = [
     "Serving",
     "parse_config",
     "read_config",
+    "weight_bytes",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from tasks.model.layers import (
     Layer,
     read_layers,
 )
-from tasks.model.quantization import Quantization, bits_of, read_quantization
+from tasks.model.quantization import Quantization, read_quantization
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 _TEXT_PARTS = (
@@ -31,7 +33,8 @@ _TEXT_PARTS = (
     "llm_config",
     "language_config",
     "thinker_config",
-    "text_model_config",
+    "decoder_config",
+    "llm_cfg",
 )
 """Where multimodal models nest the language model's config."""
 _FLATTENED = ("ffn_config", "attn_config")
@@ -197,56 +200,6 @@ class ModelConfig:
         """How many layers are mixtures of experts."""
         return sum(layer.has_experts for layer in self.layers)
 
-    def weight_bytes(self) -> int:
-        """Estimate the bytes of the weights, from the dimensions and the quantisation.
-
-        Counts embeddings (always 16 bits), projections of attention and of other mixers (taken as
-        four square ones), and feed-forward layers; norms and biases are under one per cent and
-        left out.
-        """
-        hidden = self.hidden_size
-        mixing = sum(count * _attention_weights(hidden, a) for a, count in self.attentions.items())
-        if self.is_mla:
-            mixing += self.mixers.get("full_attention", 0) * self._latent_weights()
-        known = sum(self.attentions.values())
-        if self.is_mla:
-            known = self.mixers.get("full_attention", 0)
-        mixing += (sum(self.mixers.values()) - known) * 4 * hidden * hidden
-        matrices = 3 if self.gated_mlp else 2
-        feeding = matrices * sum(hidden * w * count for w, count in self.dense_widths.items())
-        if self.moe:
-            shared = self.fields.count("n_shared_experts", "num_shared_experts") or 0
-            width = self.moe.num_experts * self.moe.hidden_size + shared * hidden
-            feeding += matrices * self.moe_layers * width * self.moe.intermediate_size
-        tied = 1 if self.fields.flag("tie_word_embeddings") else 2
-        bits = (
-            tied * self.vocab_size * hidden * 16
-            + mixing * bits_of(self.quantization, attention=True)
-            + feeding * bits_of(self.quantization, attention=False)
-        )
-        return int(bits / 8)
-
-    def _latent_weights(self) -> int:
-        """The projections of one MLA layer (`deepseek_v2.py: DeepseekV2AttentionMLA`)."""
-        fields, hidden, heads = self.fields, self.hidden_size, self.num_heads
-        rank, rope = fields.required_size("kv_lora_rank"), fields.size("qk_rope_head_dim") or 0
-        nope, value = fields.size("qk_nope_head_dim") or 0, fields.size("v_head_dim") or 0
-        query_rank = fields.size("q_lora_rank")
-        queries = hidden * heads * (nope + rope)
-        if query_rank:
-            queries = query_rank * (hidden + heads * (nope + rope))
-        return (
-            queries
-            + hidden * (rank + rope)
-            + rank * heads * (nope + value)
-            + heads * value * hidden
-        )
-
-
-def _attention_weights(hidden: int, attention: Attention) -> int:
-    queries = attention.num_heads * (attention.head_dim + attention.v_head_dim)
-    return hidden * (queries + attention.num_kv_heads * (attention.head_dim + attention.v_head_dim))
-
 
 @dataclass(frozen=True)
 class Serving:
@@ -262,53 +215,53 @@ class Serving:
     """KV cache page sizes: SGLang's own (1), and the size the dataset also publishes."""
 
 
-def _first(value: Any) -> Any:
-    """Return the language model's entry of a list that has one for each modality (ERNIE VL)."""
-    return value[0] if isinstance(value, list) and value else value
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+    "num_selected_experts",
+)
+_EXPERT_WIDTH = (
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "expert_intermediate_size",
+    "intermediate_size",
+    "ffn_hidden_size",
+)
 
 
 def _moe(fields: Fields) -> Moe | None:
-    name = fields.has(*EXPERTS)
-    if name is None:
-        return None
-    first = Fields(fields.source, {**fields.raw, name: _first(fields.raw[name])}, fields.prefix)
-    experts = first.count(name)
+    experts = fields.count(*EXPERTS)
     if not experts or experts == 1 or fields.flag("enable_moe_block") is False:
         return None
-    top_k_names = (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "moe_topk",
-        "moe_top_k",
-        "moe_k",
-        "top_k_experts",
-        "experts_per_token",
-        "num_selected_experts",
-    )
-    top_k = fields.required_size(*top_k_names)
+    top_k = fields.required_size(*_TOP_K)
     if top_k > experts:
-        raise fields.fail(str(fields.has(*top_k_names)), f"{top_k} exceeds the {experts} experts")
-    width_name = fields.has(
-        "moe_intermediate_size",
-        "expert_ffn_hidden_size",
-        "moe_ffn_hidden_size",
-        "expert_intermediate_size",
-        "intermediate_size",
-        "ffn_hidden_size",
-    )
-    if width_name is None:
-        raise fields.fail("moe_intermediate_size", "missing")
-    value = fields.raw[width_name]
-    if isinstance(fields.raw[name], list):
-        value = _first(value)
-    width = Fields(fields.source, {width_name: value}, fields.prefix).required_size(width_name)
+        raise fields.fail(str(fields.has(*_TOP_K)), f"{top_k} exceeds the {experts} experts")
+    groups = fields.count("n_group", "num_expert_group") or None
+    kept = fields.count("topk_group", "num_limited_groups") or None
+    if groups and groups > 1:
+        if experts % groups:
+            raise fields.fail("n_group", f"{groups} does not divide {experts} experts")
+        if kept is None:
+            raise fields.fail("topk_group", f"missing although n_group is {groups}")
+        if kept > groups:
+            raise fields.fail("topk_group", f"{kept} exceeds n_group {groups}")
+        if top_k > kept * (experts // groups):
+            raise fields.fail(
+                str(fields.has(*_TOP_K)), f"{top_k} exceeds the experts of {kept} groups"
+            )
     return Moe(
         num_experts=experts,
         top_k=top_k,
-        intermediate_size=width,
+        intermediate_size=fields.required_size(*_EXPERT_WIDTH),
         hidden_size=fields.required_size(*_EXPERT_HIDDEN, *HIDDEN),
-        num_groups=fields.count("n_group", "num_expert_group") or None,
-        topk_group=fields.count("topk_group", "num_limited_groups") or None,
+        num_groups=groups,
+        topk_group=kept,
     )
 
 
@@ -323,6 +276,11 @@ def _text_part(raw: Mapping[str, Any], source: str) -> Fields:
         outer = {key: value for key, value in fields.raw.items() if key != name}
         defaults = _CLASS_DEFAULTS.get(nested.text("model_type") or "", {})
         fields = Fields(source, {**outer, **defaults, **nested.raw}, nested.prefix)
+    if (fields.text("model_type") or "").startswith("ernie4_5") and fields.has("vision_config"):
+        # Each `moe_...` list has the language model's entry first, then the vision experts'.
+        for name, value in fields.raw.items():
+            if name.startswith("moe_") and isinstance(value, list) and len(value) == 2:
+                fields = Fields(source, {**fields.raw, name: value[0]}, fields.prefix)
     for name in _FLATTENED:
         nested = fields.nested(name)
         if nested:
@@ -356,6 +314,8 @@ def _architecture(raw: Mapping[str, Any], fields: Fields) -> str:
         raise outer.fail("architectures", "not a non-empty list")
     if not isinstance(name[0], str):
         raise outer.fail("architectures", f"{name[0]!r} is not a string")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name[0]):
+        raise outer.fail("architectures", f"{name[0][:80]!r} is no class name")
     return name[0]
 
 
@@ -367,9 +327,7 @@ def _moe_if_told(fields: Fields) -> Moe | None:
         return None
 
 
-def parse_config(
-    raw: Mapping[str, Any], source: str, beside: Mapping[str, Any] | None = None
-) -> ModelConfig:
+def parse_config(raw: Mapping[str, Any], source: str, beside: Fields | None = None) -> ModelConfig:
     """Read a Hugging Face `config.json`.
 
     The language model's part is used where the config nests it (`text_config` and the like).
@@ -377,7 +335,7 @@ def parse_config(
     Args:
         raw: the config object.
         source: the file, for messages.
-        beside: the object in `hf_quant_config.json`, where the repository has one.
+        beside: what is in `hf_quant_config.json`, where the repository has one.
 
     Raises:
         ConfigError: a field is missing, of the wrong type, or impossible.
@@ -412,16 +370,19 @@ def read_config(path: Path, source: str | None = None) -> ModelConfig:
     raw = _read_object(path, name, "the model config")
     beside = path.with_name("hf_quant_config.json")
     quantization = None
-    if beside.is_file() and beside != path:
-        quantization = _read_object(beside, str(beside), "the quantisation config")
+    if path.name == "config.json" and beside.is_file():
+        about = f"{name.removesuffix('config.json')}{beside.name}"
+        quantization = Fields(about, _read_object(beside, about, "the quantisation config"))
     return parse_config(raw, name, quantization)
 
 
 def _read_object(path: Path, name: str, what: str) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read ({error.strerror})") from error
-    if size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{name}: {size} bytes is too large for {what}")
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{name}: is not a regular file")
+    if status.st_size > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{name}: {status.st_size} bytes is too large for {what}")
     return files.read_json_object(path, what, ConfigError)

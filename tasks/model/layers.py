@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tasks.model.fields import Fields
+from tasks.model.fields import LARGEST_SIZE, Fields
 
 _MOST_LAYERS = 4096
 _FULL, _SLIDING, _LINEAR, _MAMBA = (
@@ -39,17 +39,18 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "moe": (),
     "deepseek_sparse_attention": (_FULL,),
 }
-_MIXER_AND_FFN_ALTERNATE = frozenset({"mlp", "moe", "-", "E"})
+_MIXER_AND_FFN_ALTERNATE = frozenset({"mlp", "moe"})
 """Words of patterns in which a layer is either a mixer or a feed-forward part (Nemotron-H)."""
 _MAMBA_FIELDS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "mamba_d_state")
 _NEMOTRON_H = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
-HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "model_dim", "embedding_dim")
+HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "model_dim", "embedding_dim", "dim")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 KV_HEADS = (
     "num_key_value_heads",
     "num_kv_heads",
+    "n_kv_heads",
     "n_head_kv",
     "kv_n_heads",
     "multi_query_group_num",
@@ -61,9 +62,12 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 _WIDTH = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "inner_hidden_size")
 _DENSE_WIDTH = ("intermediate_size_mlp", "dense_intermediate_size", "block_ff_dim")
 """Where `intermediate_size` is the experts' width, and what LFM2 once called it."""
+_GATE_AND_UP = ("qwen", "molmo", "recurrent_gemma")
+"""Model types whose stated width is that of gate and up together."""
 _WITHOUT_ATTENTION = ("rwkv", "xlstm", "hyena")
 _FOUR_TIMES_HIDDEN = frozenset(
     {"gpt2", "gptj", "gpt_bigcode", "bloom", "falcon", "RefinedWeb", "RefinedWebModel", "mpt"}
+    | {"gpt_neo", "gpt_neox", "phi", "phi-msft", "codegen"}
 )
 """Model types whose feed-forward width is 4 x hidden where the config does not say it."""
 
@@ -361,8 +365,12 @@ def _widths(fields: Fields, number: int) -> list[int] | None:
         step = fields.required_size("block_multiple_of")
         scaled = [int(scale * int(2 * width / 3)) for width in widths]
         return [width + -width % step for width in scaled]
-    if widths and fields.text("model_type") == "qwen":
-        return [width // 2 for width in widths]  # qwen.py: gate and up share intermediate_size
+    if widths and fields.text("model_type") in _GATE_AND_UP:
+        return [width // 2 for width in widths]
+    if widths and fields.flag("use_double_wide_mlp"):
+        # Gemma 4's last layers, which share an earlier layer's keys and values, are twice as wide.
+        shared = fields.count("num_kv_shared_layers") or 0
+        widths = [w * 2 if index >= number - shared else w for index, w in enumerate(widths)]
     if widths is None and fields.text("model_type") in _FOUR_TIMES_HIDDEN:
         return [4 * fields.required_size(*HIDDEN)] * number
     return widths
@@ -420,6 +428,8 @@ def _deci_width(fields: Fields, ffn: Fields) -> int | None:
         multiple = ffn.number("ffn_mult")
         if multiple is None:
             raise ffn.fail("ffn_mult", "missing")
+        if multiple > LARGEST_SIZE:
+            raise ffn.fail("ffn_mult", f"{multiple:g} is not believable")
         width = int(2 * multiple * fields.required_size(*HIDDEN) / 3)
         width += -width % 256
-    return width
+    return ffn.check_size("ffn_mult", width)
