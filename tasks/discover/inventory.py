@@ -227,11 +227,14 @@ def _flashinfer_api(kernel: Kernel, provider: FlashInferApi, sources: Sources) -
     site = _call_site(provider, sources)
     flags = f", with {' '.join(provider.server_flags)}" if provider.server_flags else ""
     called = f"called at {site}{flags}" if site else f"no call of {provider.path}"
+    refused = kernel.spec.not_served
+    if refused:
+        called += f"; but for this model: {refused}"
     return replace(
         kernel,
         fi_status="fi_supported",
         fi_trace_template=api.has_template,
-        sgl_status="sgl_integrated" if site else "sgl_missing",
+        sgl_status="sgl_integrated" if site and not refused else "sgl_missing",
         evidence=(*kernel.evidence, found, f"SGLang {sglang_sha}: {called}"),
     )
 

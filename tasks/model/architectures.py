@@ -1,7 +1,8 @@
 """Which model classes have been read: their layers are what their config's fields say.
 
-An architecture that is not here may use its fields in its own way, so of its attention and experts
-nothing is computed. Read against the model files of SGLang 0.5.17 and 0.5.23
+An architecture that is not here may use its fields in its own way: of its attention and experts
+nothing is computed, only what the fields cannot but mean (norms over hidden_size, the router, the
+feed-forward layers, the vocabulary). Read against the model files of SGLang 0.5.17 and 0.5.23
 (`python/sglang/srt/models/`); a class that SGLang has no file for runs in its `transformers.py`.
 """
 
@@ -28,7 +29,7 @@ _CLASSES = {
     """,
     "latent attention, with or without experts": """
         DeepseekV2 DeepseekV3 DeepseekV32 DeepseekV3_2 Glm4MoeLite GlmMoeDsa KimiK2 KimiK25
-        LongcatFlash MiniCPM3 MistralLarge3 SarvamMLA
+        MiniCPM3 MistralLarge3 SarvamMLA
     """,
     "hybrids of attention and linear attention or state-space layers": """
         Bamba FalconH1 FalconMamba GraniteMoeHybrid Jamba KimiLinear Lfm2 Lfm2Moe Mamba Mamba2
@@ -40,7 +41,7 @@ _CLASSES = {
         KimiVL Lfm2Vl Llava LlavaLlama LlavaMistral LlavaNext LlavaOnevision LlavaQwen LlavaQwen2
         MiniCPMO MiniCPMV Mistral3 MultiModality NemotronH_Nano_VL_V2 NVILA PaddleOCRVL Phi3V
         Phi4MM Pixtral Qwen2_5_VL Qwen2_5Omni Qwen2_5OmniModel Qwen2Audio Qwen2VL Qwen3ASR
-        Qwen3OmniMoe Qwen3VL Qwen3VLMoe Sarashina2Vision Step3VL Voxtral
+        Qwen3OmniMoe Qwen3VL Qwen3VLMoe Sarashina2Vision Voxtral
         VoxtralForConditionalGeneration YiVL
     """,
 }

@@ -49,6 +49,8 @@ class KernelSpec(BaseModel):
     """What is baked into the reference (a norm's epsilon, a router's method and groups)."""
     origin: tuple[str, ...] = ()
     """The formula and the serving configuration it came from."""
+    not_served: str = ""
+    """Why SGLang runs another kernel for this model, whatever its flags; empty if it does not."""
 
     def merged(self, other: KernelSpec) -> KernelSpec:
         """Return this spec with the parallelism and origins of an equal kernel added."""

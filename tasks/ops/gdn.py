@@ -102,10 +102,15 @@ _MTP = """\
 """
 
 _DECODE_BASELINE = """\
+import torch
 from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
 
 
 def run({arguments}):
+    if state is None:
+        state = q.new_zeros(
+            v.shape[0], v.shape[2], v.shape[3], v.shape[3], dtype=torch.float32
+        )
     # The API updates the state in place, and normalises q and k unless told not to.
     return gated_delta_rule_decode_pretranspose(
         q,
@@ -128,6 +133,10 @@ from flashinfer.gdn_prefill import chunk_gated_delta_rule
 
 
 def run({arguments}):
+    if state is None:
+        state = q.new_zeros(
+            cu_seqlens.shape[0] - 1, v.shape[1], v.shape[2], v.shape[2], dtype=torch.float32
+        )
     decay = torch.exp(-torch.exp(A_log.float()) * F.softplus(a.float() + dt_bias.float()))
     return chunk_gated_delta_rule(
         q,
@@ -149,6 +158,7 @@ from flashinfer.gdn_decode import gated_delta_rule_mtp
 
 
 def run({arguments}):
+    buffer = intermediate_states_buffer
     return gated_delta_rule_mtp(
         q,
         k,
@@ -161,7 +171,7 @@ def run({arguments}):
         b,
         scale=float(scale) or None,
         # The API counts the buffer's rows by sequence, not by slot of the pool.
-        intermediate_states_buffer=intermediate_states_buffer[: q.shape[0]],
+        intermediate_states_buffer=None if buffer is None else buffer[: q.shape[0]],
         disable_state_update=True,
         use_qk_l2norm=False,
     )

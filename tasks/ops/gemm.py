@@ -12,6 +12,7 @@ from tasks.ops.base import (
     OpModule,
     Requirement,
     TorchOnly,
+    Unmapped,
     const,
     register,
     tensor,
@@ -20,6 +21,15 @@ from tasks.ops.base import (
 
 _SPLIT_MODEL_TYPES = ("gemma3",)
 """Models whose published definitions split the projections that SGLang fuses; both are listed."""
+
+_SHARED_EXPERTS = (
+    "n_shared_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_num_shared_experts",
+    "shared_intermediate_size",
+)
 
 _REFERENCE = """\
 import torch
@@ -31,12 +41,32 @@ def run(A, B):
 """
 
 
+def _is_divided(attention: Attention, tp: int) -> bool:
+    kv_heads = attention.num_kv_heads
+    return attention.num_heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
+def _unpublished(model: ModelConfig) -> Iterator[Unmapped]:
+    """Yield the linear layers that no definition is made for."""
+    reason = "no GEMM definition is published for such projections"
+    if model.is_mla:
+        yield Unmapped("linear layers of latent attention (q_a, q_b, kv_a, kv_b, o_proj)", reason)
+    for kind in ("linear_attention", "mamba"):
+        if model.mixers.get(kind) and not model.model_type.startswith("minimax"):
+            yield Unmapped(f"linear layers of {kind} (in_proj, out_proj)", reason)
+    if model.moe_layers and model.fields.count(*_SHARED_EXPERTS):
+        yield Unmapped("linear layers of shared experts", reason)
+
+
 @register
 class Gemm(OpModule):
-    """`gemm_n{N}_k{K}` of every linear layer, whole and as one tensor-parallel rank has it.
+    """`gemm_n{N}_k{K}` of linear layers, whole and as one tensor-parallel rank has it.
 
-    The published definitions are mostly the whole layers. Column-parallel layers (qkv, gate and up)
-    divide N by tp, row-parallel ones (output, down) divide K.
+    The projections of attention with its own keys and values, dense feed-forward layers and routers
+    are produced. Those of latent and linear attention, of state-space layers and of shared experts
+    are published for no model; they are listed as unmapped. The published definitions are mostly
+    the whole layers. Column-parallel layers (qkv, gate and up) divide N by tp, row-parallel ones
+    (output, down) divide K.
     """
 
     op_type = "gemm"
@@ -45,6 +75,10 @@ class Gemm(OpModule):
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
         """Fused qkv, output, fused gate/up, down and router projections (weights `[N, K]`)."""
         hidden, tp = model.hidden_size, serving.tp
+        yield from _unpublished(model)
+        if not all(_is_divided(attention, tp) for attention in model.attentions):
+            yield NotProduced(f"linear layers at tp={tp}", f"tp={tp} does not divide the heads")
+            tp = 1
         for attention in model.attentions:
             yield from self._attention(model, attention, tp)
         if model.model_type.startswith("minimax") and model.mixers.get("linear_attention"):
@@ -78,7 +112,7 @@ class Gemm(OpModule):
 
         whole = fused(heads, kv_heads)
         yield self._spec(whole, hidden, "qkv_proj")
-        if tp > 1 and heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0):
+        if tp > 1:
             yield self._spec(fused(heads // tp, max(1, kv_heads // tp)), hidden, "qkv_proj", tp)
         yield from self._layer(hidden, heads * value, "o_proj", rows=tp)
         if model.model_type.startswith(_SPLIT_MODEL_TYPES):

@@ -46,6 +46,20 @@ from tasks.ops.base import (
 
 _UNSCALED_MODEL_TYPES = ("gemma3n", "gemma4")
 """Models that normalise q and k and do not scale (`gemma3n_causal.py`, `gemma4_causal.py`)."""
+_REFUSED = {
+    "gpt_oss": "SGLang serves it with other attention backends only (server_args.py: GptOss)",
+    "llama4": "SGLang serves it with other attention backends only (server_args.py: Llama4)",
+    "gemma4": "SGLang serves it with other attention backends only (server_args.py: Gemma4)",
+}
+"""Model types that SGLang 0.5.17's server arguments refuse to serve with the flashinfer backend."""
+_BEYOND = {
+    "attn_logit_softcapping": "logits are capped",
+    "attn_logit_cap": "logits are capped",
+}
+_PAGED_PREFILL = (
+    "multimodal models prefill with the paged wrapper (flashinfer_backend.py: use_ragged)"
+)
+_SINKS = ("gpt_oss",)
 _LAYER = "python/sglang/srt/layers/attention/flashinfer_backend.py"
 _FLAGS = ("--attention-backend flashinfer",)
 _DECODE = "BatchDecodeWithPagedKVCacheWrapper"
@@ -218,8 +232,23 @@ def _shards(
                 "num_kv_heads": max(1, kv_heads // serving.tp),
                 "head_dim": dim,
             }
-            origin = f"{heads} query and {kv_heads} KV heads at tp={serving.tp} ({serving.origin})"
+            origin = (
+                f"{heads} query and {kv_heads} KV heads at tp={serving.tp} ({serving.origin})"
+                f"{_beyond(model)}"
+            )
             yield axes, _softmax_scale(model, dim), origin
+
+
+def _beyond(model: ModelConfig) -> str:
+    """Say what the model's attention does that the definitions do not."""
+    more = [what for field, what in _BEYOND.items() if model.fields.has(field)]
+    if model.model_type in _SINKS:
+        more.append("heads have sinks")
+    return f"; beyond the definition: {', '.join(dict.fromkeys(more))}" if more else ""
+
+
+def _not_served(model: ModelConfig) -> str:
+    return next((why for kind, why in _REFUSED.items() if model.model_type.startswith(kind)), "")
 
 
 def _softmax_scale(model: ModelConfig, head_dim: int) -> Scalar:
@@ -234,6 +263,18 @@ def _softmax_scale(model: ModelConfig, head_dim: int) -> Scalar:
         value=1 / math.sqrt(head_dim),
         source=f"1/sqrt(head_dim) with config.json head_dim = {head_dim}",
     )
+
+
+def _check_plain(call: Call) -> None:
+    """Check that a plan is of plain attention.
+
+    Raises:
+        DumpError: it caps the logits or looks back a limited distance.
+    """
+    if call.values.get("logits_soft_cap") not in (None, 0):
+        raise DumpError(f"{call.name}: logits are capped at {call.values['logits_soft_cap']}")
+    if call.values.get("window_left") not in (None, -1):
+        raise DumpError(f"{call.name}: the window is {call.values['window_left']}")
 
 
 def _index(call: Call, name: str) -> np.ndarray:
@@ -317,6 +358,7 @@ class GqaPaged(OpModule):
                     tp=(serving.tp,),
                     scalars={"sm_scale": scale},
                     origin=(origin,),
+                    not_served=_not_served(model),
                 )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
@@ -428,6 +470,7 @@ class GqaPaged(OpModule):
             "head_dim": "head_dim" if decode else "head_dim_qk",
         }
         check_axes(call, _plan_integers(call, names), spec.axes)
+        _check_plain(call)
         planned = _plan_integers(call, {"page_size": "page_size"})["page_size"]
         if planned != 1:
             raise DumpError(f"{call.name}: planned with page_size {planned}, expected 1")
@@ -527,6 +570,8 @@ class GqaRagged(OpModule):
                 tp=(serving.tp,),
                 scalars={"sm_scale": scale},
                 origin=(origin,),
+                not_served=_not_served(model)
+                or (_PAGED_PREFILL if model.fields.has("vision_config", "audio_config") else ""),
             )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
@@ -600,6 +645,7 @@ class GqaRagged(OpModule):
         }
         seen = _plan_integers(call, names)
         check_axes(call, seen, spec.axes)
+        _check_plain(call)
         if call.values.get("head_dim_vo") not in (None, seen["head_dim"]):
             raise DumpError(f"{call.name}: head_dim_vo is {call.values['head_dim_vo']}")
         qo_indptr, kv_indptr = _indptr(call, "qo_indptr"), _indptr(call, "kv_indptr")

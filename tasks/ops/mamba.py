@@ -138,7 +138,7 @@ class MambaSsu(OpModule):
         heads = fields.required_size(*head_names)
         groups = fields.required_size(*_GROUPS)
         head_dim = _head_dim(fields, heads, head_dim_names)
-        reason = _impossible(fields, heads, groups, serving.tp)
+        reason = _impossible(heads, groups, serving.tp, quantised=model.quantization is not None)
         if reason:
             yield NotProduced(f"Mamba layers at tp={serving.tp}", reason)
             return
@@ -238,14 +238,14 @@ def _head_dim(fields: Fields, heads: int, names: tuple[str, ...]) -> int:
     return width // heads
 
 
-def _impossible(fields: Fields, heads: int, groups: int, tp: int) -> str:
+def _impossible(heads: int, groups: int, tp: int, *, quantised: bool) -> str:
     """Return why the heads cannot be sharded so, or nothing."""
     if heads % tp:
         return f"tp={tp} does not divide {heads} Mamba heads"
     replicated = groups % tp != 0
     if replicated and groups != 1:
         return f"tp={tp} does not divide {groups} Mamba groups; SGLang replicates only a single one"
-    if replicated and fields.has("quantization_config"):
+    if replicated and quantised:
         return f"SGLang replicates the single Mamba group (tp={tp}) for unquantised models only"
     if heads % groups:
         return f"{groups} groups do not divide {heads} Mamba heads"

@@ -438,7 +438,11 @@ class MlaRagged(OpModule):
             return
         fields = model.fields
         qk = fields.required_size("qk_nope_head_dim") + fields.required_size("qk_rope_head_dim")
-        vo = fields.required_size("v_head_dim")
+        if model.architecture == "MiniCPM3ForCausalLM":
+            # Its config does not say: minicpm3.py takes the ordinary head dimension.
+            vo = fields.size("v_head_dim") or model.head_dim
+        else:
+            vo = fields.required_size("v_head_dim")
         yield KernelSpec(
             name=f"mla_ragged_prefill_causal_h{heads}_qk{qk}_vo{vo}",
             op_type=self.op_type,

@@ -56,24 +56,54 @@ _VARIANTS = {
     _Routing.LLAMA4: ("fp4_block_scale", "fp4_block_scale_routed", "fp8_per_tensor"),
 }
 
-_SIGMOID_MODEL_TYPES = ("glm4_moe", "glm_moe", "nemotron_h", "dots1", "step3", "hunyuan_v3")
-"""Routers that SGLang's model files score by a biased sigmoid although no field says so."""
-_NOT_RENORMALIZING = ("qwen2_moe", "olmoe", "jamba", "grok-1", "deepseek", "ernie4_5_vl")
-"""Model types whose class does not renormalise where `norm_topk_prob` is not stated."""
-_OTHER_ROUTERS = {
+_ROUTERS: dict[str, _Routing | str] = {
+    "afmoe": _Routing.DEEPSEEK,
+    "bailing_moe": _Routing.RENORMALIZE,
+    "dbrx": _Routing.RENORMALIZE,
+    "dots1": _Routing.DEEPSEEK,
+    "ernie4_5": "the router adds a bias to softmax scores",
+    "exaone_moe": _Routing.DEEPSEEK,
+    "glm4_moe": _Routing.DEEPSEEK,
+    "glm4v_moe": _Routing.DEEPSEEK,
+    "glm_moe": _Routing.DEEPSEEK,
     "gpt_oss": "experts have biases and a clamped SwiGLU, which no definition here has",
+    "granitemoe": _Routing.RENORMALIZE,
+    "hunyuan": _Routing.RENORMALIZE,
+    "jamba": _Routing.DEFAULT,
+    "lfm2_moe": _Routing.DEEPSEEK,
+    "llama4": _Routing.LLAMA4,
+    "minimax_m1": _Routing.RENORMALIZE,
+    "minimax_text": _Routing.RENORMALIZE,
+    "mixtral": _Routing.RENORMALIZE,
+    "nemotron_h": _Routing.DEEPSEEK,
+    "olmoe": _Routing.DEFAULT,
     "phimoe": "the router is a sparse mixer (SparseMixer-v2)",
-    "longcat_flash": "the router has experts that do nothing (zero_expert_num)",
-    "ernie4_5_moe": "the router adds a bias to softmax scores",
+    "qwen2_moe": _Routing.DEFAULT,
+    "qwen3": _Routing.RENORMALIZE,
+    "sdar_moe": _Routing.RENORMALIZE,
 }
-_SCORING = ("scoring_func", "score_function", "moe_router_activation_func", "router_score_function")
+"""How model types (or what they begin with) route where their config does not say it all, by
+SGLang's model files; a reason where no kernel here routes so."""
+_SCORING = (
+    "scoring_func",
+    "score_function",
+    "score_func",
+    "moe_router_activation_func",
+    "router_score_function",
+)
 _BIAS = (
     "use_expert_bias",
     "use_routing_bias",
     "use_moe_router_bias",
     "moe_router_enable_expert_bias",
 )
-_RENORMALIZE = ("norm_topk_prob", "moe_renormalize", "renormalize", "norm_expert_weight")
+_RENORMALIZE = (
+    "norm_topk_prob",
+    "route_norm",
+    "moe_renormalize",
+    "renormalize",
+    "norm_expert_weight",
+)
 _SWIGLU = ("silu", "swish", "swiglu", None)
 
 
@@ -229,29 +259,31 @@ def _routing(model: ModelConfig, moe: Moe) -> _Routing | str:
     """Return how the model routes, or why no kernel here routes so."""
     fields, model_type = model.fields, model.model_type
     activation = fields.text("mlp_hidden_act", "hidden_act", "hidden_activation")
-    if model_type in _OTHER_ROUTERS:
-        return _OTHER_ROUTERS[model_type]
+    known = next((r for kind, r in _ROUTERS.items() if model_type.startswith(kind)), None)
+    if isinstance(known, str) or known is _Routing.LLAMA4:
+        return known
     if activation not in _SWIGLU:
         return f"experts use {activation}, the definitions SwiGLU"
-    if model_type.startswith("llama4"):
-        return _Routing.LLAMA4
-    biased = fields.text("topk_method") == "noaux_tc" or bool(fields.flag(*_BIAS))
-    if model_type.startswith(_SIGMOID_MODEL_TYPES):
-        biased = True
-    scoring = fields.text(*_SCORING) or ("sigmoid" if biased else "softmax")
+    bias = fields.text("topk_method") == "noaux_tc" or bool(fields.flag(*_BIAS))
+    biased = bias or known is _Routing.DEEPSEEK
+    scoring = fields.text(*_SCORING)
+    if scoring is None:
+        if known is None and not bias:
+            return "nothing says how the router scores"
+        scoring = "sigmoid" if biased else "softmax"
     renormalizes = fields.flag(*_RENORMALIZE)
     if renormalizes is None:
-        renormalizes = not model_type.startswith(_NOT_RENORMALIZING)
+        renormalizes = known is not _Routing.DEFAULT
     grouped = (moe.num_groups or 1) > 1 and fields.text("topk_method") != "greedy"
-    known = {
+    routing = {
         # One group of all experts is no limit: then DeepSeek's routing is a biased sigmoid.
         ("sigmoid", True, True): _Routing.DEEPSEEK,
         ("sigmoid", True, False): _Routing.DEEPSEEK if biased or moe.num_groups else None,
         ("softmax", True, False): _Routing.RENORMALIZE,
         ("softmax", False, False): _Routing.DEFAULT,
-    }
+    }.get((scoring, renormalizes, grouped))
     kind = "weights made to add up to one" if renormalizes else "weights as they are"
-    return known.get((scoring, renormalizes, grouped)) or (
+    return routing or (
         f"no kernel here routes by {'grouped ' if grouped else ''}"
         f"{'biased ' if biased else ''}{scoring}, {kind}"
     )
@@ -274,21 +306,24 @@ def _routing_scalars(model: ModelConfig) -> dict[str, Scalar]:
     return {"routed_scaling_factor": Scalar(value=factor, source=source)}
 
 
+_APIS = {
+    variant: FlashInferApi(
+        path=f"flashinfer.fused_moe.{kernel.api}",
+        dumps=(kernel.api,),
+        server_flags=("--moe-runner-backend flashinfer_trtllm",),
+        sglang_layer=kernel.sglang_layer,
+    )
+    for variant, kernel in _KERNELS.items()
+}
+
+
 @register
 class FusedMoe(OpModule):
     """Block-scaled FP8, block-scaled FP4 (with and without routing) and per-tensor FP8."""
 
     op_type = "moe"
 
-    apis = tuple(
-        FlashInferApi(
-            path=f"flashinfer.fused_moe.{kernel.api}",
-            dumps=(kernel.api,),
-            server_flags=("--moe-runner-backend flashinfer_trtllm",),
-            sglang_layer=kernel.sglang_layer,
-        )
-        for kernel in _KERNELS.values()
-    )
+    apis = tuple(_APIS.values())
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
         """The precisions whose routing and shapes the model has."""
@@ -311,12 +346,16 @@ class FusedMoe(OpModule):
             )
             return
         local = moe.num_experts // serving.ep
-        if moe.top_k > local and routing is not _Routing.DEEPSEEK:
-            yield NotProduced(what, f"{local} experts of a rank are fewer than top_k={moe.top_k}")
-            return
         variants = _VARIANTS[routing]
         if model.quantization and model.quantization.width == "fp4":
             variants = tuple(dict.fromkeys((*variants, "fp4_block_scale_routed")))
+        if moe.top_k > local:
+            # Only this kernel knows of the other ranks' experts (local_expert_offset).
+            variants = ("fp8_block_scale",) if routing is _Routing.DEEPSEEK else ()
+            yield NotProduced(
+                f"kernels that route among one rank's experts at ep={serving.ep}",
+                f"{local} experts of a rank are fewer than top_k={moe.top_k}",
+            )
         for variant in variants:
             yield self._spec(variant, routing, model, moe, serving)
 
@@ -352,13 +391,13 @@ class FusedMoe(OpModule):
             ep=(serving.ep,),
             origin=(
                 f"{moe.num_experts} experts, top {moe.top_k}, width {moe.intermediate_size} at "
-                f"ep={serving.ep} ({serving.origin})",
+                f"ep={serving.ep} ({serving.origin}); the width is the whole expert's",
             ),
         )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """The TensorRT-LLM MoE functions (Blackwell, SM100)."""
-        return self.apis[list(_KERNELS).index(spec.variant)]
+        return _APIS[spec.variant]
 
     def definition(self, spec: KernelSpec) -> Json:
         """Route each token, apply its experts' SwiGLU layers, add them up by weight."""
@@ -395,7 +434,7 @@ class FusedMoe(OpModule):
 
     def _reference(self, spec: KernelSpec, inputs: Json, *parts: str) -> str:
         axes = spec.axes
-        on_input = _ROUTE_LLAMA4 in parts
+        on_input = _route(spec) in parts and spec.constants["routing"] == _Routing.LLAMA4.value
         return "".join((_HEAD, *parts, _EXPERTS)).format(
             arguments=", ".join(inputs),
             hidden=axes["hidden_size"],

@@ -26,10 +26,18 @@ from tasks.ops.base import (
     var,
 )
 
-_QK_NORM_MODEL_TYPES = ("qwen3", "gemma3", "gemma4", "exaone4", "dots1", "step3p5", "lfm2", "sdar")
+_QK_NORM_MODEL_TYPES = (
+    *("qwen3", "gemma3", "gemma4", "exaone4", "exaone_moe", "dots1", "step3p5", "lfm2", "sdar"),
+    *("afmoe", "apertus"),
+)
 """Models (or what their types begin with) whose attention normalises q and k per head without a
 field that says so: `q_norm` and `k_norm` over head_dim in SGLang's model files."""
 _QK_NORM_FIELDS = ("use_qk_norm", "qk_norm", "use_qk_layernorm")
+
+_WHOLE_QK_NORM_MODEL_TYPES = ("olmo2", "olmo3", "olmoe")
+"""Models that normalise all heads of q, and of k, together (`olmo2.py`, `olmoe.py`)."""
+_POST_NORM_MODEL_TYPES = ("olmo2", "olmo3")
+"""Models that normalise a layer's output before it is added: there is no fused form."""
 
 _ONE_PLUS_WEIGHT = ("gemma", "qwen3_next", "qwen3_5")
 """Models whose norms scale by 1 + weight (`GemmaRMSNorm`): the same kernel, given that sum."""
@@ -115,15 +123,23 @@ class RmsNorm(OpModule):
             return
         hidden, eps = model.hidden_size, model.rms_norm_eps
         scaled = model.model_type.startswith(_ONE_PLUS_WEIGHT)
-        note = "; weight is 1 + the checkpoint's" if scaled else ""
+        note = "; SGLang calls gemma_..., weight is 1 + the checkpoint's" if scaled else ""
         yield self._spec("rmsnorm", hidden, eps, "hidden_size", note)
-        yield self._spec("fused_add_rmsnorm", hidden, eps, "hidden_size", note)
+        if not model.model_type.startswith(_POST_NORM_MODEL_TYPES):
+            yield self._spec("fused_add_rmsnorm", hidden, eps, "hidden_size", note)
+        if not model.mapped:
+            return
         if model.is_mla:
             # deepseek_v2.py: q_a_layernorm, kv_a_layernorm.
             for field in ("q_lora_rank", "kv_lora_rank"):
                 rank = model.fields.size(field)
                 if rank:
                     yield self._spec("rmsnorm", rank, eps, field)
+        elif model.model_type.startswith(_WHOLE_QK_NORM_MODEL_TYPES):
+            for attention in model.attentions:
+                for heads, what in ((attention.num_heads, "q"), (attention.num_kv_heads, "k")):
+                    width = heads * attention.head_dim
+                    yield self._spec("rmsnorm", width, eps, f"all heads of {what}")
         elif self._normalises_heads(model):
             for attention in model.attentions:
                 dim = attention.head_dim
