@@ -13,16 +13,6 @@ from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
     from tasks.discover.phase import Inventory
-    from tasks.model import ModelConfig
-    from tasks.settings import Settings
-
-Sources = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the FlashInfer and SGLang trees [default: the workspace]."),
-]
-Dataset = Annotated[
-    Path | None, typer.Option(help="Clone or folder of the dataset [default: the workspace's].")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -124,8 +114,13 @@ def inventory(
     ] = None,
     ep_list: Annotated[str | None, typer.Option(help="Expert-parallel sizes, e.g. 1,8.")] = None,
     page_sizes: Annotated[str, typer.Option(help="KV cache page sizes.")] = "1,64",
-    sources: Sources = None,
-    dataset: Dataset = None,
+    sources: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the FlashInfer and SGLang trees, to say who has a kernel."),
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Clone or folder of the dataset, to say what is new.")
+    ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(help="Memory of one GPU, in GB [default: 141].")
     ] = None,
@@ -136,90 +131,29 @@ def inventory(
 
     Without --sources and --dataset only names and axes are printed.
     """
-    from dataclasses import replace
-    from itertools import product
-
     from tasks import settings
-    from tasks.coverage_doc import model_slug
-    from tasks.dataset import published_definitions
-    from tasks.discover.cookbook import serving_configs
-    from tasks.discover.phase import read_sources, take
-    from tasks.discover.trees import find_trees
-    from tasks.model import Serving
+    from tasks.discover.look import Question, look
 
     options = settings.load_settings(workspace)
-    if model_name is None and config is None and hf_repo_id is None:
-        raise InputError("give --model-name, --hf-repo-id or --config")
-    name = model_name or model_slug(hf_repo_id or _stem(config))
-    request_id = hf_repo_id or (None if config else _known_repository(options, name))
-    model = _model(options, name, request_id, config)
     if gpu_memory is not None:
         options.gpu_memory_gb = gpu_memory
-    pages = integers(page_sizes, "--page-sizes")
-    if tp_list or ep_list:
-        tps, eps = integers(tp_list or "1", "--tp-list"), integers(ep_list or "1", "--ep-list")
-        given = "--tp-list, --ep-list"
-        servings = [Serving(tp, ep, given, pages) for tp, ep in product(tps, eps)]
-    else:
-        cookbook = options.clone("sgl_cookbook")
-        known = serving_configs(
-            cookbook if cookbook.is_dir() else None, request_id, model, options.gpu_memory_gb
-        )
-        servings = [replace(serving, page_sizes=pages) for serving in known]
-    indexes = None
-    if sources:
-        trees = find_trees(sources)
-        cache = options.workspace / ".cache"
-        indexes = read_sources(trees.flashinfer, trees.sglang, trees.shas, cache)
-    published = published_definitions(dataset) if dataset else None
-    found = take(model, servings, indexes, published)
-    if as_json:
-        typer.echo(json.dumps(found.as_json(name, request_id), indent=2, ensure_ascii=False))
-    else:
-        _print_inventory(found, name)
-    return 0
-
-
-def _stem(config: Path | None) -> str:
-    """Return what a config file is called after: the model, in `{org}--{model}.json` too."""
-    if config is None:
-        return ""
-    stem = config.parent.name if config.name == "config.json" else config.stem
-    return stem.rsplit("--", 1)[-1]
-
-
-def _known_repository(options: Settings, name: str) -> str:
-    """Return the repository of a model by the manifests in the workspace and the cookbook.
-
-    Raises:
-        InputError: neither knows the model.
-    """
-    from tasks import manifest
-    from tasks.discover.cookbook import repository_of
-
-    path = manifest.latest(options.workspace, name)
-    known = manifest.load(path).hf_repo_id if path else None
-    cookbook = options.clone("sgl_cookbook")
-    if known is None and cookbook.is_dir():
-        known = repository_of(cookbook, name)
-    if known is None:
-        raise InputError(
-            f"--model-name: {name!r} is neither in a manifest of {options.workspace} nor in its "
-            "cookbook; give --hf-repo-id or --config FILE"
-        )
-    return known
-
-
-def _model(
-    options: Settings, name: str, hf_repo_id: str | None, config: Path | None
-) -> ModelConfig:
-    from tasks.discover.phase import read_model
-    from tasks.request import parse_request
-
-    request = parse_request(
-        model_name=name, hf_repo_id=hf_repo_id, config=config, workspace=options.workspace
+    question = Question(
+        model_name=model_name,
+        hf_repo_id=hf_repo_id,
+        config=config,
+        tps=None if tp_list is None else integers(tp_list, "--tp-list"),
+        eps=None if ep_list is None else integers(ep_list, "--ep-list"),
+        page_sizes=integers(page_sizes, "--page-sizes"),
+        sources=sources,
+        dataset=dataset,
     )
-    return read_model(request, options, options.workspace / ".cache")
+    answer = look(question, options)
+    if as_json:
+        found = answer.inventory.as_json(answer.model_slug, answer.hf_repo_id)
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print_inventory(answer.inventory, answer.model_slug)
+    return 0
 
 
 def _print_inventory(found: Inventory, name: str) -> None:
@@ -264,7 +198,9 @@ def sources(
         str | None, typer.Option(help="Op type of the dataset or of FlashInfer's templates.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model class or model file in SGLang.")] = None,
-    sources: Sources = None,
+    sources: Annotated[
+        Path | None, typer.Option(help="Folder with both trees [default: the workspace].")
+    ] = None,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> int:
@@ -295,7 +231,7 @@ def sources(
 def coverage(
     *,
     model_name: Annotated[
-        str | None, typer.Option(help="Model, by slug, heading or repository id [default: all].")
+        str | None, typer.Option(help="Model, by slug, heading or repository id.")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; exit with 1 if something would.")
@@ -303,11 +239,17 @@ def coverage(
     document: Annotated[
         Path | None, typer.Option("--doc", help="The document [default: the workspace's clone].")
     ] = None,
-    dataset: Dataset = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Clone or folder of the dataset [default: the workspace's clone]."),
+    ] = None,
     workspace: Workspace = None,
     as_json: AsJson = False,
 ) -> int:
-    """Bring a model's part of the coverage document in line with the dataset."""
+    """Bring a model's part of the coverage document in line with the dataset.
+
+    With --check and no model, the counts of the whole document are checked.
+    """
     from tasks import settings
     from tasks.coverage_doc import PATH, CoverageDocument, unified_diff
     from tasks.discover.coverage import refreshed
@@ -316,6 +258,8 @@ def coverage(
     path = document or options.clone("flashinfer_bench") / PATH
     now = CoverageDocument.read(path)
     if model_name is None:
+        if not check or dataset:
+            raise InputError("--model-name: give the model to refresh, or --check alone")
         result, heading = now.check(), None
         diff, findings = result.diff, result.findings
     else:
@@ -338,5 +282,4 @@ def coverage(
         typer.echo(diff or f"{path}: nothing to change", nl=not diff)
         for finding in findings:
             typer.echo(f"note: {finding}")
-    only_looked = check or model_name is None
-    return 1 if only_looked and diff else 0
+    return 1 if check and diff else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tasks import manifest, settings
 from tasks.discover.phase import inventory
-from tasks.manifest import RepoShas, RunManifest
+from tasks.manifest import RunManifest
 from tasks.repos import clone
 from tasks.request import OnboardRequest
 
@@ -42,7 +42,5 @@ def rehearse(
     else:
         path = request.workspace / manifest.file_name(request.model_name, today)
         run = RunManifest(model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today)
-    run.repo_shas = RepoShas(**shas)
-    entries = [kernel.entry() for kernel in found.kernels]
-    manifest.merge_discovery(run, entries, refresh=request.refresh)
+    found.record(run, shas, request.hf_repo_id, refresh=request.refresh)
     return run, path

@@ -36,10 +36,8 @@ class Report:
     @property
     def not_produced(self) -> list[str]:
         """Return what phase 1 has no kernel for, with the reasons: unmapped, then impossible."""
-        found = self.run.model_extra or {}
-        listed = [found.get(key) for key in ("unmapped", "rejected")]
-        items = [item for part in listed if isinstance(part, list) for item in part]
-        return [f"{i.get('what')}: {i.get('reason')}" for i in items if isinstance(i, dict)]
+        items = (*(self.run.unmapped or ()), *(self.run.rejected or ()))
+        return [f"{item.get('what')}: {item.get('reason')}" for item in items]
 
     def row(self, entry: KernelEntry) -> dict[str, str]:
         """Return one kernel's line of the inventory."""

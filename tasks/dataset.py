@@ -106,6 +106,8 @@ def _listed(clone: Path, folder: str, suffix: str) -> dict[str, str]:
     if (clone / ".git").exists():
         paths = [PurePosixPath(path) for path in git.tracked_files(clone, folder)]
     else:
+        if not (clone / "definitions").is_dir():
+            raise InputError(f"{clone}: has no definitions/ folder; it should be the dataset")
         files = sorted((clone / folder).glob(f"*/*{suffix}"))
         paths = [PurePosixPath(path.relative_to(clone)) for path in files if path.is_file()]
     return {

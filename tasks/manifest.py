@@ -120,6 +120,18 @@ class RunManifest(BaseModel):
     kernels: list[KernelEntry] = Field(default_factory=list)
     phase4: dict[str, PullRequests] = Field(default_factory=dict)
 
+    # Ours, beyond the original contract: what phase 1 found besides the kernels.
+    architecture: str | None = None
+    model_class: str | None = None
+    """The architecture, and the file of SGLang that implements it."""
+    serving: list[dict[str, Any]] | None = None
+    unmapped: list[dict[str, Any]] | None = None
+    """Parts of the model without a kernel: `what`, `reason`, `sglang_file`."""
+    rejected: list[dict[str, Any]] | None = None
+    """Combinations that cannot be: `what`, `reason`."""
+    phase1_fingerprint: str | None = None
+    """A digest of what phase 1 found, to tell whether anything changed since."""
+
     @field_validator("kernels")
     @classmethod
     def _unique_names(cls, kernels: list[KernelEntry]) -> list[KernelEntry]:

@@ -414,13 +414,11 @@ def _merged(found: list[Candidate]) -> list[Candidate]:
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
-    """Whether two sources mean one model: the cookbook names no class of it."""
-    classes = {one.architecture, other.architecture} - {None}
+    """Whether two sources mean one model: its repository, whichever of its classes they name."""
     return (
         one.hf_repo_id is not None
         and one.hf_repo_id == other.hf_repo_id
         and one.status == other.status != "excluded"
-        and len(classes) < 2
     )
 
 

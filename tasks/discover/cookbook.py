@@ -99,6 +99,8 @@ def read_models(raw: bytes, where: str) -> list[dict[str, Any]]:
     ) as error:
         first = shown((str(error) or type(error).__name__).splitlines()[0])
         raise InputError(f"{where}: not a readable YAML file ({first})") from error
+    if not isinstance(document, dict) or not isinstance(document.get("families"), list):
+        raise InputError(f"{where}: has no list of families; is it a cookbook file?")
     return [model for family in _items(document, "families") for model in _items(family, "models")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks import dataset, manifest
-from tasks.coverage_doc import CoverageDocument, dataset_statuses
+from tasks.coverage_doc import CoverageDocument, dataset_statuses, model_slug
 
 
 def refreshed(
@@ -25,14 +25,17 @@ def refreshed(
     Raises:
         InputError: no section and no manifest is of that model, or more than one section.
     """
-    path = manifest.latest(workspace, name)
+    heading = document.model(name)
+    slugs = (name, model_slug(name), model_slug(heading or name).replace(" ", "-"))
+    found = (manifest.latest(workspace, slug) for slug in slugs)
+    path = next((path for path in found if path), None)
     run = manifest.load(path) if path else None
-    heading = document.model(name, *([run.hf_repo_id] if run and run.hf_repo_id else []))
+    if heading is None and run and run.hf_repo_id:
+        heading = document.model(run.hf_repo_id)
     edited = CoverageDocument.parse(document.render())
     if heading is None and run:
         heading = run.hf_repo_id.rpartition("/")[2] if run.hf_repo_id else name
-        architecture = (run.model_extra or {}).get("architecture")
-        edited.add_model(heading, str(architecture or "unknown"))
+        edited.add_model(heading, run.architecture or "unknown")
     heading = heading or document.find(name)
     wanted = {row.name: row.op_type for row in edited.rows(heading) if row.is_definition}
     for entry in run.kernels if run else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import threading
@@ -17,6 +16,7 @@ from tasks.settings import Settings
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PROBE_SECONDS = 3
+_QUANTISATION = "hf_quant_config.json"
 _LISTED = 30
 
 
@@ -158,6 +158,7 @@ def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
         ConfigError: the repository or the file does not exist, is private, or the Hub cannot be
             reached; the message says how to go on with a local file.
     """
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -169,8 +170,15 @@ def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
     otherwise = "give the file itself with --config FILE"
     try:
         path = _download(repo_id, "config.json", settings, cache)
-        with contextlib.suppress(EntryNotFoundError):
-            _download(repo_id, "hf_quant_config.json", settings, cache)
+        try:
+            _download(repo_id, _QUANTISATION, settings, cache)
+        except LocalEntryNotFoundError:
+            # Nobody answers (a kind of the next): what was answered before must do.
+            known = try_to_load_from_cache(repo_id, _QUANTISATION, cache_dir=cache)
+            if known is not _CACHED_NO_EXIST:
+                raise
+        except EntryNotFoundError:
+            pass  # most repositories have none
     except HFValidationError as error:
         raise InputError(
             f"--hf-repo-id: {repo_id!r} is not a Hugging Face repository id"
@@ -181,7 +189,8 @@ def fetch_config(repo_id: str, settings: Settings, cache: Path) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConfigError(
-            f"{repo_id}: the Hub cannot be reached and config.json is not in its cache; {otherwise}"
+            f"{repo_id}: the Hub cannot be reached and its files are not all in the cache; "
+            f"{otherwise}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(

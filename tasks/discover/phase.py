@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import dataset
+from tasks import dataset, manifest
 from tasks.discover.cookbook import serving_configs
 from tasks.discover.hub import fetch_config
 from tasks.discover.inventory import Kernel, Sources, classify, model_class, requirements
@@ -21,6 +21,7 @@ from tasks.discover.sources import (
     index_sglang,
 )
 from tasks.errors import InputError
+from tasks.manifest import RepoShas, RunManifest
 from tasks.model import ModelConfig, Serving, read_config
 from tasks.ops.base import NotProduced, Unmapped
 from tasks.request import OnboardRequest
@@ -44,6 +45,19 @@ class Inventory:
         facts = [kernel.entry().model_dump(mode="json") for kernel in self.kernels]
         others = [vars(item) for item in (*self.rejected, *self.unmapped)]
         return hashlib.sha256(json.dumps([facts, others], sort_keys=True).encode()).hexdigest()[:16]
+
+    def record(
+        self, run: RunManifest, shas: Mapping[str, str], repo_id: str | None, *, refresh: bool
+    ) -> None:
+        """Write what was found into a manifest, keeping what later phases wrote."""
+        run.repo_shas = RepoShas(**shas)
+        run.hf_repo_id = run.hf_repo_id or repo_id
+        manifest.merge_discovery(run, [k.entry() for k in self.kernels], refresh=refresh)
+        run.architecture, run.model_class = self.model.architecture, self.model_class
+        run.serving = [{**vars(s), "page_sizes": list(s.page_sizes)} for s in self.servings]
+        run.unmapped = [dict(vars(item)) for item in self.unmapped]
+        run.rejected = [dict(vars(item)) for item in self.rejected]
+        run.phase1_fingerprint = self.fingerprint
 
     def as_json(self, model_slug: str, hf_repo_id: str | None) -> dict[str, Any]:
         """Return the inventory as `onboard inventory --json` prints it."""

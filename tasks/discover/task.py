@@ -36,28 +36,14 @@ def discover_kernels(
     found = inventory(request, clones, shas, cache, options)
     empty = RunManifest(model_slug=request.model_name, hf_repo_id=request.hf_repo_id, date=today)
     manifest.create(path, empty)
-    known = (manifest.load(path).model_extra or {}).get("phase1_fingerprint")
+    known = manifest.load(path).phase1_fingerprint
     if known == found.fingerprint and not request.refresh:
         manifest.update(path, lambda run: setattr(run, "repo_shas", RepoShas(**shas)))
         log.info("phase 1: unchanged, %d kernels", len(found.kernels))
         return False
-
-    def record(run: RunManifest) -> None:
-        run.repo_shas = RepoShas(**shas)
-        run.hf_repo_id = run.hf_repo_id or request.hf_repo_id
-        entries = [kernel.entry() for kernel in found.kernels]
-        manifest.merge_discovery(run, entries, refresh=request.refresh)
-        extra = {
-            "architecture": found.model.architecture,
-            "model_class": found.model_class,
-            "serving": [vars(serving) for serving in found.servings],
-            "rejected": [vars(item) for item in found.rejected],
-            "unmapped": [vars(item) for item in found.unmapped],
-            "phase1_fingerprint": found.fingerprint,
-        }
-        for key, value in extra.items():
-            setattr(run, key, value)
-
-    manifest.update(path, record)
+    manifest.update(
+        path,
+        lambda run: found.record(run, shas, request.hf_repo_id, refresh=request.refresh),
+    )
     log.info("phase 1: %d kernels for %s", len(found.kernels), request.model_name)
     return True

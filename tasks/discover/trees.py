@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.discover.index_cache import revision
 from tasks.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class SourceTrees:
 
 
 _LAYOUTS = {
-    "flashinfer": ("flashinfer",),
-    "sglang": ("python/sglang/srt", "sglang/srt"),
+    "flashinfer": ("flashinfer/__init__.py",),
+    "sglang": ("python/sglang/srt/models", "sglang/srt/models"),
 }
+_KERNEL = ("sgl-kernel/python/sgl_kernel", "sgl_kernel")
 _PACKAGES = {"flashinfer": "flashinfer_python", "sglang": "sglang"}
 
 
@@ -38,16 +42,23 @@ def find_trees(folder: Path) -> SourceTrees:
     if not folder.is_dir():
         raise InputError(f"--sources: {folder} is no folder")
     trees = {name: _find(folder, name) for name in _LAYOUTS}
+    if not any((trees["sglang"] / kernel).is_dir() for kernel in _KERNEL):
+        _log.warning("%s: has no sglang-kernel; calls through it are not seen", trees["sglang"])
     shas = {name: revision(tree, _PACKAGES[name]) for name, tree in trees.items()}
     return SourceTrees(flashinfer=trees["flashinfer"], sglang=trees["sglang"], shas=shas)
 
 
 def _find(folder: Path, name: str) -> Path:
-    # A folder called like the package may be the package itself: its parent is the tree then.
-    for tree in (*sorted(folder.glob(f"{name}*")), folder):
-        for layout in _LAYOUTS[name]:
-            if (tree / layout).is_dir() and not (tree / "__init__.py").exists():
-                return tree
+    found = [
+        tree
+        for tree in (*sorted(folder.glob(f"{name}*")), folder)
+        if any((tree / layout).exists() for layout in _LAYOUTS[name])
+    ]
+    if len(found) > 1:
+        names = ", ".join(tree.name for tree in found)
+        raise InputError(f"--sources: {folder} has several {name} trees ({names}); give one")
+    if found:
+        return found[0]
     raise InputError(
         f"--sources: {folder} has no {name} tree ({name}/{' or '.join(_LAYOUTS[name])} below it)"
     )

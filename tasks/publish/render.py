@@ -141,8 +141,7 @@ def coverage_pull_request(
     heading = document.model(subject.manifest.model_slug, subject.model)
     if heading is None:
         heading = subject.model
-        extra = subject.manifest.model_extra or {}
-        document.add_model(heading, str(extra.get("architecture", "unknown")))
+        document.add_model(heading, subject.manifest.architecture or "unknown")
     status = coverage_status(entry)
     document.mark(heading, name, entry.op_type, status)
     files.write_text(edited, document.render())

@@ -116,6 +116,31 @@ def test_serving_comes_from_the_cookbook_or_from_the_memory(cloned: Path, tmp_pa
         assert assumed["serving"][0]["origin"].startswith("assumed: no sgl-cookbook entry")
 
 
+def test_what_sglang_refuses_is_not_integrated(cloned: Path, tmp_path: Path) -> None:
+    config = DATA / "configs" / "openai--gpt-oss-20b.json"
+    where = ("--sources", cloned, "--tp-list", "1", "--workspace", tmp_path)
+    found = kernels(answer("inventory", "--config", config, *where))
+    decode = found["gqa_paged_decode_h64_kv8_d64_ps1"]
+    assert (decode["fi_status"], decode["sgl_status"]) == ("fi_supported", "sgl_missing")
+    assert "other attention backends only" in decode["evidence"][-1]
+    assert "heads have sinks" in decode["evidence"][0]
+    assert found["rmsnorm_h2880"]["sgl_status"] == "sgl_integrated"
+
+
+def test_several_trees_of_one_kind_are_ambiguous(tmp_path: Path) -> None:
+    for name in ("flashinfer-1", "flashinfer-2"):
+        (tmp_path / name / "flashinfer").mkdir(parents=True)
+        (tmp_path / name / "flashinfer" / "__init__.py").touch()
+    done = onboard("sources", "--api", "x", "--sources", tmp_path, "--workspace", tmp_path / "w")
+    assert done.exit_code == 2
+    assert "has several flashinfer trees (flashinfer-1, flashinfer-2); give one" in done.stderr
+
+
+def test_help_keeps_its_defaults() -> None:
+    text = " ".join(onboard("inventory", "--help").stdout.split())
+    assert "[default: the cookbook's]" in text
+
+
 def test_page_sizes(tmp_path: Path) -> None:
     found = answer(
         "inventory",
@@ -142,7 +167,11 @@ def test_page_sizes(tmp_path: Path) -> None:
         (("--config", QWEN, "--sources", "nowhere"), "--sources: nowhere is no folder"),
         (("--config", QWEN, "--sources", DATA), "has no flashinfer tree"),
         (("--config", QWEN, "--dataset", "nowhere"), "nowhere: is no folder"),
+        (("--config", QWEN, "--dataset", DATA), "has no definitions/ folder"),
         (("--config", QWEN, "--gpu-memory", "nan"), "--gpu-memory"),
+        (("--config", QWEN, "--tp-list", ""), "--tp-list: '' is not a list"),
+        (("--config", QWEN, "--model-name", ""), "--model-name: '' is not a valid name"),
+        (("--hf-repo-id", "a/.."), "--hf-repo-id: 'a/..' is not a Hugging Face"),
     ],
 )
 def test_wrong_input_of_inventory_is_one_line(
@@ -286,6 +315,15 @@ def test_coverage_adds_a_model_that_has_a_manifest(workspace: Path) -> None:
         for line in found["diff"].splitlines()
         if line.startswith("-") and not line.startswith("---")
     ]
+
+
+def test_coverage_of_all_models_is_only_checked(workspace: Path) -> None:
+    before = document(workspace).read_bytes()
+    assert onboard("coverage", "--workspace", workspace).exit_code == 2
+    done = onboard("coverage", "--check", "--workspace", workspace)
+    assert done.exit_code == 1
+    assert "Qwen3 235B A22B: says 8 / 14, its table has 10 / 16" in done.stdout
+    assert document(workspace).read_bytes() == before
 
 
 def test_coverage_of_an_unknown_model_names_close_ones(workspace: Path) -> None:

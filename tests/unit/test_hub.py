@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,5 +98,20 @@ def test_what_cannot_be_fetched(
     assert message in str(caught.value)
 
 
-def test_the_files_are_what_the_publishers_have() -> None:
-    assert all(json.loads(path.read_text()) for path in FILES.values())
+def test_without_the_hub_what_it_answered_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    for repo_id in ("acme/plain", "acme/quantised"):
+        fetch(url, repo_id, tmp_path)
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for it
+    assert read_config(fetch(url, "acme/plain", tmp_path)).quantization is None
+    assert read_config(fetch(url, "acme/quantised", tmp_path)).quantization is not None
+    (quantisation,) = tmp_path.glob("hub/*quantised/snapshots/*/hf_quant_config.json")
+    quantisation.unlink()
+    with pytest.raises(ConfigError, match="its files are not all in the cache"):
+        fetch(url, "acme/quantised", tmp_path)

@@ -275,6 +275,91 @@ def test_every_config_gives_norms_gemms_and_sampling(config: Any) -> None:
     assert len({kernel.spec.name for kernel in found.kernels}) == len(found.kernels)
 
 
+MOE = {
+    "hidden_size": 2048,
+    "vocab_size": 1000,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 4096,
+    "moe_intermediate_size": 1024,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "experts", "norms"),
+    # By SGLang's afmoe.py, exaone_moe.py, grok.py, ernie45_vl.py, olmoe.py and olmo2.py.
+    [
+        (
+            "AfmoeForCausalLM",
+            {"model_type": "afmoe", "score_func": "sigmoid", "route_norm": True},
+            {"moe_fp8_block_scale_ds_routing_topk4_ng1_kg1_e64_h2048_i1024"},
+            {"rmsnorm_h2048", "fused_add_rmsnorm_h2048", "rmsnorm_h128"},
+        ),
+        (
+            "ExaoneMoEForCausalLM",
+            {"model_type": "exaone_moe", "norm_topk_prob": True},
+            {"moe_fp8_block_scale_ds_routing_topk4_ng1_kg1_e64_h2048_i1024"},
+            {"rmsnorm_h2048", "fused_add_rmsnorm_h2048", "rmsnorm_h128"},
+        ),
+        ("Grok1ForCausalLM", {}, set(), {"rmsnorm_h2048", "fused_add_rmsnorm_h2048"}),
+        (
+            "Ernie4_5_VLMoeForConditionalGeneration",
+            {
+                "model_type": "ernie4_5_moe_vl",
+                "vision_config": {},
+                "moe_num_experts": [64, 64],
+                "num_experts": None,
+                "moe_intermediate_size": [1024, 512],
+                "moe_layer_start_index": [1, 1],
+                "moe_layer_end_index": [1, 0],
+            },
+            set(),
+            {"rmsnorm_h2048", "fused_add_rmsnorm_h2048"},
+        ),
+        (
+            "OlmoeForCausalLM",
+            {"model_type": "olmoe", "norm_topk_prob": False},
+            {
+                "moe_fp8_block_scale_default_topk4_e64_h2048_i1024",
+                "trtllm_fp4_block_scale_routed_moe_topk4_e64_h2048_i1024",
+            },
+            {"rmsnorm_h2048", "fused_add_rmsnorm_h2048", "rmsnorm_h512"},
+        ),
+        (
+            "Olmo2ForCausalLM",
+            {"model_type": "olmo2", "num_experts": None},
+            set(),
+            {"rmsnorm_h2048", "rmsnorm_h512"},
+        ),
+    ],
+)
+def test_routers_and_norms_that_no_field_says(
+    architecture: str, fields: dict[str, Any], experts: set[str], norms: set[str]
+) -> None:
+    model = parse_config({"architectures": [architecture], **MOE, **fields}, "config.json")
+    found = take(model, [Serving(tp=1, ep=1, origin="test")]).kernels
+    by_op_type = {op: {k.spec.name for k in found if k.spec.op_type == op} for op in OPS}
+    assert by_op_type["moe"] == experts
+    assert by_op_type["rmsnorm"] == norms
+    assert "gqa_paged_decode_h16_kv4_d128_ps1" in by_op_type["gqa_paged"]
+
+
+OPS = ("moe", "rmsnorm", "gqa_paged")
+
+
+def test_kernels_that_see_one_rank_need_enough_experts_there() -> None:
+    found = inventory("nvidia--GLM-5.2-NVFP4", (1,), (64,))
+    experts = {k.spec.name for k in found.kernels if k.spec.op_type == "moe"}
+    assert experts == {"moe_fp8_block_scale_ds_routing_topk8_ng1_kg1_e4_h6144_i2048"}
+    assert any("4 experts of a rank are fewer than top_k=8" in r.reason for r in found.rejected)
+
+
 WILD = [json.loads(path.read_text()) for path in sorted((DATA / "configs").glob("*.json"))]
 LANGUAGE_PARTS = [config.get("text_config", config) for config in WILD]
 JSON = st.recursive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,46 @@ def test_quantisation_is_not_guessed(config: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.json"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_config(path)
+
+
+def test_quantisation_beside_a_config_json_counts(tmp_path: Path) -> None:
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    for name, width in (("config.json", "fp4"), ("another.json", None)):
+        (tmp_path / name).write_text(json.dumps(QWEN))
+        found = read_config(tmp_path / name).quantization
+        assert (found.width if found else None) == width
+
+
+def test_width_that_is_not_known_is_an_error_only_where_it_is_needed() -> None:
+    model = parse_config(QWEN | {"quantization_config": {"quant_method": "novel"}}, "config.json")
+    assert model.quantization is not None
+    assert model.quantization.width is None
+    with pytest.raises(ConfigError, match="'novel' does not say how wide.*--tp-list"):
+        weight_bytes(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {}},
+    ],
+)
+def test_a_quantised_cache_alone_leaves_the_weights(config: dict[str, Any]) -> None:
+    assert parse_config(QWEN | {"quantization_config": config}, "config.json").quantization is None
+
+
 LAYERS = {"num_hidden_layers": 4, "architectures": ["Qwen3NextForCausalLM"]}
 
 
@@ -200,6 +241,11 @@ def test_text_config_is_used_where_nested() -> None:
         ({"head_dim": None, "hidden_size": 2047}, "field head_dim: missing, and hidden_size 2047"),
         ({"rms_norm_eps": float("inf")}, "field rms_norm_eps: inf is not a positive"),
         ({"num_experts_per_tok": 999}, "field num_experts_per_tok: 999 exceeds the 128 experts"),
+        ({"n_group": 7, "topk_group": 4}, "field n_group: 7 does not divide 128 experts"),
+        ({"n_group": 8}, "field topk_group: missing although n_group is 8"),
+        ({"n_group": 8, "topk_group": 9}, "field topk_group: 9 exceeds n_group 8"),
+        ({"n_group": 64, "topk_group": 2}, "field num_experts_per_tok: 8 exceeds the experts of 2"),
+        ({"architectures": ["A\nB"]}, "field architectures: 'A\\nB' is no class name"),
         ({"architectures": []}, "field architectures: not a non-empty list"),
         ({"architectures": None, "model_type": None}, "field architectures: missing"),
         ({"architectures": [1]}, "field architectures: 1 is not a string"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,32 +39,37 @@ def specs(config: str, tp: int = 1, ep: int = 1) -> dict[str, KernelSpec]:
     return {item.name: item for item in found if isinstance(item, KernelSpec)}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_definitions_equal_the_published_ones_of_the_same_name(config: Path) -> None:
-    for tp, ep in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 8)):
-        for spec in specs(config.stem, tp, ep).values():
-            if spec.name not in PUBLISHED:
-                continue
-            theirs = deepcopy(PUBLISHED[spec.name])
-            ours = registry()[spec.op_type].definition(spec)
-            assert theirs["op_type"] == spec.op_type
-            constants = {k: v["value"] for k, v in theirs["axes"].items() if v["type"] == "const"}
-            made = {k: v["value"] for k, v in ours["axes"].items() if v["type"] == "const"}
-            # The first ds_routing definition was published without these two const axes.
-            known_gap = {"top_k"} if "ds_routing" in spec.name else set()
-            assert {k: v for k, v in made.items() if k not in known_gap} == {
-                k: v for k, v in constants.items() if k not in known_gap
-            }
-            if spec.name in LAST_PAGE_LEN_TOO_LONG:
-                theirs["inputs"]["kv_last_page_len"]["shape"] = ["batch_size"]
-            for part in ("inputs", "outputs"):
-                shapes = [
-                    {k: (v["shape"], v["dtype"]) for k, v in d[part].items()}
-                    for d in (ours, theirs)
-                ]
-                assert shapes[0] == shapes[1], spec.name
-                if spec.name not in BIAS_LAST:
-                    assert list(ours[part]) == list(theirs[part]), spec.name
+def test_definitions_equal_the_published_ones_of_the_same_name() -> None:
+    made = {
+        spec.name: spec
+        for config in CONFIGS
+        for tp, ep in ((1, 1), (2, 2), (2, 4), (4, 1), (8, 1), (8, 8))
+        for spec in specs(config.stem, tp, ep).values()
+    }
+    compared = sorted(set(made) & set(PUBLISHED))
+    for name in compared:
+        check_equal(made[name], deepcopy(PUBLISHED[name]))
+    # The others are of models whose config is not here (Llama 3.2, Qwen2.5 7B, Nemotron-H 8B, ...).
+    assert len(compared) == 140
+
+
+def check_equal(spec: KernelSpec, theirs: Any) -> None:
+    ours = registry()[spec.op_type].definition(spec)
+    assert theirs["op_type"] == spec.op_type
+    constants = [
+        {k: v["value"] for k, v in d["axes"].items() if v["type"] == "const"}
+        for d in (ours, theirs)
+    ]
+    if spec.name == "moe_fp8_block_scale_ds_routing_topk8_ng8_kg4_e32_h7168_i2048":
+        del constants[0]["top_k"]  # its later siblings have it among the const axes
+    assert constants[0] == constants[1], spec.name
+    if spec.name in LAST_PAGE_LEN_TOO_LONG:
+        theirs["inputs"]["kv_last_page_len"]["shape"] = ["batch_size"]
+    for part in ("inputs", "outputs"):
+        shapes = [{k: (v["shape"], v["dtype"]) for k, v in d[part].items()} for d in (ours, theirs)]
+        assert shapes[0] == shapes[1], spec.name
+        if spec.name not in BIAS_LAST:
+            assert list(ours[part]) == list(theirs[part]), spec.name
 
 
 def test_softmax_scale_comes_from_the_config() -> None:
