@@ -210,7 +210,7 @@ def test_fi_missing_files_an_issue_and_publishes_the_definition_only(workspace: 
     # Nothing to collect for a kernel that torch runs.
     assert found.kernel("gemm_n32_k6144").phase3_status == "skipped (no FlashInfer call)"
     # Served nowhere: said so.
-    assert "no model class in SGLang" in (found.model_extra or {})["model_class"]
+    assert "no model class in SGLang" in str(found.model_class)
 
 
 def entry_path(entry: manifest.KernelEntry) -> str:
