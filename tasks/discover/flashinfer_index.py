@@ -17,18 +17,25 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from tasks.discover.constants import Calculator
-from tasks.discover.syntax import absolute, dotted, module_name, parse, python_files, statements
-from tasks.discover.values import (
-    Function,
+from tasks.discover.index_cache import Index
+from tasks.discover.syntax import (
     Imported,
+    absolute,
+    dotted,
+    import_bindings,
+    module_name,
+    parse,
+    python_files,
+    statements,
+)
+from tasks.discover.values import (
+    UNKNOWN,
+    Function,
     Record,
     Scope,
-    import_bindings,
-    outcomes,
+    bounded,
 )
 from tasks.errors import InputError
-
-CACHE_VERSION = 2
 
 _DECORATORS = frozenset({"flashinfer_api", "flashinfer_experimental_api"})
 _MARKS = tuple(name.encode() for name in sorted(_DECORATORS))
@@ -69,10 +76,9 @@ class Api(BaseModel):
         return sorted({template.op_type for template in self.templates})
 
 
-class FlashInferIndex(BaseModel):
+class FlashInferIndex(Index):
     """FlashInfer's decorated APIs by defining path, and what its packages re-export."""
 
-    version: int = CACHE_VERSION
     apis: dict[str, Api]
     exports: dict[str, str]
     """Other paths of APIs and of their classes -> defining path."""
@@ -208,7 +214,9 @@ def _read_module(scan: _Tree, path: str, syntax: ast.Module) -> None:
     _bind(scan, module, is_package, top)
     for node in top:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            scope.names |= import_bindings(node, module, is_package)
+            for name, origin in import_bindings(node, module, is_package).items():
+                one = scope.names.get(name, origin) == origin
+                scope.names[name] = origin if one else UNKNOWN  # A fallback gives it another.
         elif is_package and isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
             _bind(scan, module, is_package, ast.walk(node))
             scan.lazy[module] = {
@@ -362,36 +370,39 @@ def _templates(calculator: Calculator, found: _Found) -> list[Template]:
     if isinstance(head, ast.Name) and head.id not in found.scope.names:
         scope = calculator.module(found.module)  # made in the API's own module
     value = calculator.value(found.trace, scope) if scope else None
-    templates = (_template(record) for record in _records(calculator, value))
+    templates = (_template(record) for record in _records(value))
     return sorted({template for template in templates if template})
 
 
-def _records(calculator: Calculator, value: Any) -> Iterator[Record]:
-    """Yield the template objects behind a template, a list of them or a dispatching function."""
-    for one in outcomes(value):
-        if isinstance(one, Record):
-            yield one
-        elif isinstance(one, Function):
-            published = one.attributes.get("templates")
-            yield from _records(calculator, published or calculator.called(one))
-        elif isinstance(one, list | tuple):
-            for item in one:
-                if isinstance(item, Record):
-                    yield item
+def _records(value: Any) -> list[Record]:
+    """Return the template objects behind a template, or a dispatching function that lists them."""
+    if isinstance(value, Function):
+        value = bounded(value.attributes.get("templates"))
+    items = value if isinstance(value, list | tuple) else [value]
+    return [item for item in items if isinstance(item, Record)]
 
 
 def _template(record: Record) -> Template | None:
-    """Name what a template makes, as FlashInfer's `TraceTemplate.definition_name` does."""
+    """Name what a template makes, as FlashInfer's `TraceTemplate.definition_name` does.
+
+    None where a part of the name is not known.
+    """
     op_type = record.attributes.get("op_type")
-    if not isinstance(op_type, str):
-        return None
     prefix = record.attributes.get("name_prefix")
-    name = prefix = prefix if isinstance(prefix, str) else op_type
-    axes = record.attributes.get("axes")
-    for axis, marker in axes.items() if isinstance(axes, dict) else ():
-        if isinstance(marker, Record) and marker.kind == "Const" and isinstance(axis, str):
-            abbreviation = marker.attributes.get("abbrev")
-            label = abbreviation if isinstance(abbreviation, str) else axis
+    axes = bounded(record.attributes.get("axes"))
+    if not isinstance(op_type, str) or not isinstance(axes, dict):
+        return None
+    if not isinstance(prefix, str | None):
+        return None
+    name = prefix = prefix or op_type
+    for axis, marker in axes.items():
+        if not isinstance(marker, Record):
+            return None
+        if marker.kind.name == "Const":
+            label = marker.attributes.get("abbrev", UNKNOWN)
+            if not isinstance(label, str | None):
+                return None
+            label = axis if label is None else label
             name += f"_{label}{{{axis}}}" if label else ""
     return Template(op_type, prefix, name)
 

@@ -43,6 +43,9 @@ class SelectingFlag(BaseModel):
     """What says so."""
     known: bool
     """Whether this SGLang has the flag, and the value among its choices."""
+    deprecated: bool = False
+    instead: str = ""
+    """What a deprecated flag says to use."""
 
 
 class TemplateName(BaseModel):
@@ -269,12 +272,20 @@ class Lookup:
                 flag = f"--attention-backend {backend}"
                 named.setdefault(flag, f"SGLang's attention registry: {file}")
         for flag, source in named.items():
-            yield SelectingFlag(flag=flag, source=source, known=self._is_known(flag))
+            yield self._selecting(flag, source)
 
-    def _is_known(self, text: str) -> bool:
+    def _selecting(self, text: str, source: str) -> SelectingFlag:
         spelling, _, value = text.replace("=", " ", 1).partition(" ")
         flag = self.sglang.flags.get(spelling)
-        return flag is not None and (not value or not flag.choices or value in flag.choices)
+        if flag is None:
+            return SelectingFlag(flag=text, source=source, known=False)
+        return SelectingFlag(
+            flag=text,
+            source=source,
+            known=not value or not flag.choices or value in flag.choices,
+            deprecated=flag.deprecated,
+            instead=flag.instead,
+        )
 
     def _model(self, architecture: str) -> ModelPlace:
         architectures = self.sglang.architectures
@@ -371,7 +382,10 @@ def _api_rows(api: ApiPlace) -> Iterator[tuple[str, str]]:
     if api.dataset_op_types:
         yield "op type", ", ".join(api.dataset_op_types)
     for flag in api.server_flags:
-        yield "flag", f"{flag.flag}  ({flag.source}{'' if flag.known else '; not in this SGLang'})"
+        state = "" if flag.known else "; not in this SGLang"
+        state += "; deprecated" if flag.deprecated else ""
+        state += f", use {flag.instead}" if flag.instead else ""
+        yield "flag", f"{flag.flag}  ({flag.source}{state})"
 
 
 def _model_rows(model: ModelPlace) -> Iterator[tuple[str, str]]:

@@ -16,23 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel
-
 from tasks.discover.constants import Calculator
+from tasks.discover.index_cache import Index
 from tasks.discover.references import Kind, Use, uses
-from tasks.discover.server_flags import DECLARES, ServerFlag, ServerFlags, complete, read_flags
+from tasks.discover.server_flags import DECLARES, ServerFlag, read_flags
 from tasks.discover.syntax import (
     absolute,
     entry_classes,
+    import_bindings,
     module_name,
     parse,
     python_files,
     statements,
 )
-from tasks.discover.values import import_bindings
 from tasks.errors import InputError
-
-CACHE_VERSION = 2
 
 _PACKAGES = ("python/sglang", "sglang")
 """Where the package is: in the repository, in an unpacked wheel."""
@@ -59,27 +56,19 @@ class Site(NamedTuple):
         return f"{self.file}:{self.line}{via}"
 
 
-class SglangIndex(BaseModel):
+class SglangIndex(Index):
     """SGLang's uses of FlashInfer objects, its model classes and its server flags."""
 
-    version: int = CACHE_VERSION
     sites: dict[str, list[Site]]
     """Import origin (`flashinfer.norm.rmsnorm`) -> where it is used, calls first."""
     architectures: dict[str, str]
     """Model class -> file."""
-    model_layers: dict[str, list[str]] = {}
+    model_layers: dict[str, list[str]]
     """Model file -> the layer modules it imports."""
-    attention_backends: dict[str, list[str]] = {}
+    attention_backends: dict[str, list[str]]
     """Value of `--attention-backend` -> the files that implement it."""
-    flags: dict[str, ServerFlag] = {}
+    flags: dict[str, ServerFlag]
     """Server flags by spelling, aliases and deprecated ones included."""
-    server_fields: list[str] = []
-    """Names of `ServerArgs` fields."""
-
-    @property
-    def references(self) -> dict[str, list[str]]:
-        """The sites as text: `file:line`, with `via ...` where indirect."""
-        return {origin: [str(site) for site in sites] for origin, sites in self.sites.items()}
 
 
 class _Layout(NamedTuple):
@@ -110,14 +99,12 @@ def index_sglang(checkout: Path) -> SglangIndex:
     for path, source in python_files(checkout, f"{package}/srt", f"{package}/kernels"):
         with contextlib.suppress(RecursionError):  # No person nested anything that deep.
             scan.add(path, source)
-    flags = _server_flags(checkout, scan)
     return SglangIndex(
         sites=_sites(scan, _KernelLayer(checkout, scan.layout)),
         architectures=scan.architectures,
         model_layers=scan.files_of(scan.model_layers),
         attention_backends=scan.files_of(scan.backends),
-        flags=dict(sorted(flags.flags.items())),
-        server_fields=flags.fields,
+        flags=dict(sorted(_server_flags(checkout, scan).items())),
     )
 
 
@@ -222,16 +209,17 @@ def _imported_modules(layout: _Layout, path: str, body: Iterable[ast.AST]) -> It
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def _server_flags(checkout: Path, scan: _Scan) -> ServerFlags:
+def _server_flags(checkout: Path, scan: _Scan) -> dict[str, ServerFlag]:
     def load(module: str) -> tuple[ast.Module, bool] | None:
         path = scan.paths.get(module)
         tree = parse((checkout / path).read_bytes()) if path else None
         return None if tree is None or path is None else (tree, path.endswith("__init__.py"))
 
-    calculator, flags = Calculator(load), ServerFlags()
+    calculator = Calculator(load)
+    flags: dict[str, ServerFlag] = {}
     for path, source in scan.declaring:
-        read_flags(path, source, calculator, scan.layout.module_path(path), flags)
-    return complete(flags)
+        read_flags(source, calculator, module_name(scan.layout.module_path(path)), flags)
+    return flags
 
 
 # sglang-kernel

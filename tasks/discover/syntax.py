@@ -11,6 +11,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 MAX_BYTES = 8_000_000
@@ -77,6 +78,33 @@ def absolute(module: str, is_package: bool, target: str, level: int) -> str:
     parts = module.split(".")
     parts = parts[: max(0, len(parts) - (level - is_package))]
     return ".".join([*parts, target] if target else parts)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A name bound by an import: a module, or a name in a module."""
+
+    module: str
+    name: str | None
+
+
+def import_bindings(
+    node: ast.Import | ast.ImportFrom, module: str, is_package: bool
+) -> dict[str, Imported]:
+    """Return the names an import statement binds; `*<module>` stands for all of a module's."""
+    if isinstance(node, ast.ImportFrom):
+        origin = absolute(module, is_package, node.module or "", node.level)
+        return {
+            f"*{origin}" if alias.name == "*" else alias.asname or alias.name: Imported(
+                origin, alias.name
+            )
+            for alias in node.names
+        }
+    bound = {}
+    for alias in node.names:
+        top = alias.name.partition(".")[0]
+        bound[alias.asname or top] = Imported(alias.name if alias.asname else top, None)
+    return bound
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -27,7 +27,7 @@ _LAYOUTS = {
     "sglang": ("python/sglang/srt/models", "sglang/srt/models"),
 }
 _KERNEL = ("sgl-kernel/python/sgl_kernel", "sgl_kernel")
-_PACKAGES = {"flashinfer": "flashinfer_python", "sglang": "sglang"}
+_PACKAGES = {"flashinfer": ("flashinfer_python",), "sglang": ("sglang", "sglang_kernel")}
 
 
 def find_trees(folder: Path) -> SourceTrees:
@@ -44,7 +44,7 @@ def find_trees(folder: Path) -> SourceTrees:
     trees = {name: _find(folder, name) for name in _LAYOUTS}
     if not any((trees["sglang"] / kernel).is_dir() for kernel in _KERNEL):
         _log.warning("%s: has no sglang-kernel; calls through it are not seen", trees["sglang"])
-    shas = {name: revision(tree, _PACKAGES[name]) for name, tree in trees.items()}
+    shas = {name: revision(tree, *_PACKAGES[name]) for name, tree in trees.items()}
     return SourceTrees(flashinfer=trees["flashinfer"], sglang=trees["sglang"], shas=shas)
 
 

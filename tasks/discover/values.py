@@ -1,20 +1,19 @@
 """The values that constant Python comes to, for `tasks.discover.constants`.
 
-They are Python's own texts, numbers, lists, tuples and dictionaries (a set is a list, in the
-source's order), and the classes below. Trees are data of unknown origin: sizes are bounded.
+They are Python's own texts, numbers, lists, tuples and dictionaries, and the classes below.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tasks.discover.syntax import absolute
+from tasks.discover.syntax import Imported
 
-MAX_TEXT = 20_000
 MAX_ITEMS = 5_000
+MAX_TEXT = 8 * MAX_ITEMS
 MAX_KEY = 16
 
 
@@ -25,50 +24,38 @@ class _Unknown:
 
 UNKNOWN: Final = _Unknown()
 """A value that only a running program has."""
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """One of several values; which one, only a running program knows."""
-
-    values: tuple[Any, ...]
-
-
-@dataclass(eq=False)
-class Record:
-    """An object of a class, as the arguments it was made with."""
-
-    kind: str
-    """The class's last name."""
-    attributes: dict[str, Any]
-    bases: frozenset[str] | None
-    """The names of its class and base classes; None for a class outside the tree."""
-
-
-@dataclass(eq=False)
-class Function:
-    """A function with the scope it was defined in."""
-
-    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-    scope: Scope
-    attributes: dict[str, Any] = field(default_factory=dict)
+_SPOILED: Final = _Unknown()
+"""Marks a list or dictionary whose content is no longer known."""
 
 
 @dataclass(eq=False)
 class Class:
     """A class of the tree."""
 
-    node: ast.ClassDef
+    name: str
+    initializer: Any
+    """Its `__init__`, where that is a function of the tree."""
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of a class of the tree."""
+
+    kind: Class
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Function:
+    """A function with the scope it was defined in."""
+
+    node: ast.FunctionDef
     scope: Scope
-    bases: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A name bound by an import: a module, or a name in a module."""
-
-    module: str
-    name: str | None
+    plain: list[str]
+    """The parameters that may be positional."""
+    names: dict[str, Any]
+    """All parameters, with their defaults."""
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -77,39 +64,31 @@ class Scope:
 
     module: str
     is_package: bool
-    names: dict[str, Any] = field(default_factory=dict)
-    outer: Scope | None = None
+    names: ChainMap[str, Any] = field(default_factory=ChainMap)
+    """With those around it."""
+    returned: list[Any] = field(default_factory=list)
+    """What the function call returns; UNKNOWN where it may or may not."""
 
-    def find(self, name: str) -> Any:
-        """Return the value bound to a name here or further out."""
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                return scope.names[name]
-            scope = scope.outer
-        return UNKNOWN
+    def find(self, name: str, default: Any) -> Any:
+        """Return the value bound to a name."""
+        for names in self.names.maps:
+            if name in names:
+                return names[name]
+        return default
+
+    def forget(self, name: str) -> None:
+        """Make a name unknown here, and where it is bound further out."""
+        self.names[name] = UNKNOWN
+        for names in self.names.maps:
+            if name in names:
+                names[name] = UNKNOWN
+
+    def inner(self, names: dict[str, Any]) -> Scope:
+        """Return a scope inside this one."""
+        return Scope(self.module, self.is_package, self.names.new_child(names))
 
 
 SCALARS: Final = (str, int, float, bool, type(None))
-
-
-def outcomes(value: Any) -> Iterator[Any]:
-    """Yield the values of a choice, or the value itself."""
-    if isinstance(value, Choice):
-        yield from value.values
-    else:
-        yield value
-
-
-def choice(values: Iterable[Any]) -> Any:
-    """Return the one value there is, or the choice between several."""
-    found: dict[int, Any] = {}
-    for value in values:
-        for one in outcomes(value):
-            found.setdefault(id(one), one)
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return Choice(tuple(found.values())[:MAX_ITEMS]) if found else UNKNOWN
 
 
 def is_key(value: Any) -> bool:
@@ -119,45 +98,53 @@ def is_key(value: Any) -> bool:
     return isinstance(value, SCALARS)
 
 
-def are_keys(items: Any) -> bool:
-    """Whether something is a collection of keys."""
-    return isinstance(items, list | tuple | dict) and all(is_key(item) for item in items)
-
-
-def truth(value: Any) -> bool | None:
-    """Return whether a value is true; None where that is not known."""
-    if isinstance(value, (*SCALARS, list, tuple, dict)):
-        return bool(value)
-    if isinstance(value, Function | Class) or (isinstance(value, Record) and value.bases):
-        return True
-    return None
+def size(value: Any) -> int:
+    """Return about how many words of memory a value takes itself."""
+    if isinstance(value, list | tuple | dict):
+        return len(value)
+    text = value.module if isinstance(value, Imported) else value
+    return len(text) // 8 if isinstance(text, str) else 0
 
 
 def bounded(value: Any) -> Any:
-    """Return a value, UNKNOWN for one larger than any real one."""
-    if isinstance(value, str):
-        return value if len(value) <= MAX_TEXT else UNKNOWN
-    if isinstance(value, list | tuple | dict):
-        return value if len(value) <= MAX_ITEMS else UNKNOWN
+    """Return a value, UNKNOWN for one that is spoiled or larger than any real one."""
     if isinstance(value, int):
         return value if abs(value) < 2**63 else UNKNOWN
-    return value
+    return UNKNOWN if size(value) > MAX_ITEMS or _is_spoiled(value) else value
 
 
-def import_bindings(
-    node: ast.Import | ast.ImportFrom, module: str, is_package: bool
-) -> dict[str, Imported]:
-    """Return the names an import statement binds; `*<module>` stands for all of a module's."""
-    if isinstance(node, ast.ImportFrom):
-        origin = absolute(module, is_package, node.module or "", node.level)
-        return {
-            f"*{origin}" if alias.name == "*" else alias.asname or alias.name: Imported(
-                origin, alias.name
-            )
-            for alias in node.names
-        }
-    bound = {}
-    for alias in node.names:
-        top = alias.name.partition(".")[0]
-        bound[alias.asname or top] = Imported(alias.name if alias.asname else top, None)
-    return bound
+def _is_spoiled(value: Any) -> bool:
+    if isinstance(value, dict):
+        return _SPOILED in value
+    return isinstance(value, list) and bool(value) and value[0] is _SPOILED
+
+
+def spoil(value: Any, depth: int = 3) -> int:
+    """Make unknown what an object holds, for all who have it, and so for the objects it holds.
+
+    Returns:
+        How many objects were looked at.
+    """
+    count, level = 1, [value]
+    for _ in range(depth + 1):
+        held = [inner for one in level for inner in _spoiled(one)]
+        count += len(held)
+        level = list({id(inner): inner for inner in held}.values())
+    return count
+
+
+def _spoiled(value: Any) -> list[Any]:
+    """Make one object unknown; return what it held."""
+    held: list[Any] = []
+    if not _is_spoiled(value):
+        if isinstance(value, list | tuple):
+            held = list(value)
+        elif isinstance(value, dict):
+            held = list(value.values())
+            value[_SPOILED] = UNKNOWN
+        elif isinstance(value, Record | Function):
+            held = list(value.attributes.values())
+            value.attributes.clear()
+        if isinstance(value, list):
+            value.insert(0, _SPOILED)
+    return held

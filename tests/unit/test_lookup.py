@@ -143,7 +143,7 @@ class _Module:
             path="flashinfer.Wrapper",
             method="run",
             dumps=("Wrapper.run",),
-            server_flags=("--kind fast", "--kind gone", "--missing"),
+            server_flags=("--kind fast", "--kind gone", "--missing", "--x 1"),
             sglang_layer="python/sglang/srt/layers/a.py",
         ),
         FlashInferApi(path="flashinfer.gone", dumps=("gone",)),
@@ -152,7 +152,8 @@ class _Module:
 
 @pytest.fixture
 def small() -> Lookup:
-    flag = ServerFlag(file="s.py", line=1, field="kind", choices=["fast"])
+    flag = ServerFlag(choices=["fast"])
+    old = ServerFlag(deprecated=True, instead="--kind")
     apis = {
         "flashinfer.m.Wrapper.run": Api(
             file="flashinfer/m.py",
@@ -175,7 +176,8 @@ def small() -> Lookup:
                 "flashinfer.m.Wrapper.plan": [Site("l/c.py", 5, "call", "k/e.py:2")],
             },
             architectures={"A": "models/a.py"},
-            flags={"--kind": flag},
+            model_layers={},
+            flags={"--kind": flag, "--x": old},
             attention_backends={"x": ["l/b.py"]},
         ),
         SHAS,
@@ -210,6 +212,7 @@ def test_text(small: Lookup) -> None:
         "  flag      --kind fast  (op module dataset_kind)\n"
         "            --kind gone  (op module dataset_kind; not in this SGLang)\n"
         "            --missing  (op module dataset_kind; not in this SGLang)\n"
+        "            --x 1  (op module dataset_kind; deprecated, use --kind)\n"
         "            --attention-backend x  (SGLang's attention registry: l/b.py; "
         "not in this SGLang)\n"
     )
