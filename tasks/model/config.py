@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -378,11 +377,9 @@ def read_config(path: Path, source: str | None = None) -> ModelConfig:
 
 def _read_object(path: Path, name: str, what: str) -> dict[str, Any]:
     try:
-        status = path.stat()
+        size = path.stat().st_size
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{name}: is not a regular file")
-    if status.st_size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{name}: {status.st_size} bytes is too large for {what}")
+    if size > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{name}: {size} bytes is too large for {what}")
     return files.read_json_object(path, what, ConfigError)

@@ -81,6 +81,17 @@ class Attention:
     head_dim: int
     v_head_dim: int
 
+    def heads_of_rank(self, tp: int) -> tuple[int, int] | None:
+        """Return one rank's query and KV heads; None where `tp` does not divide them.
+
+        KV heads are replicated once there are fewer than ranks (sglang/srt/models:
+        `max(1, num_kv_heads // tp)`).
+        """
+        kv_heads = self.num_kv_heads
+        if self.num_heads % tp or (kv_heads % tp and tp % kv_heads):
+            return None
+        return self.num_heads // tp, max(1, kv_heads // tp)
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -284,8 +284,8 @@ def register(module: type[OpModule]) -> type[OpModule]:
 
 
 def registry() -> Mapping[str, OpModule]:
-    """Return the registered op modules by op type."""
-    return _REGISTRY
+    """Return the registered op modules by op type, in order whichever file was imported first."""
+    return dict(sorted(_REGISTRY.items()))
 
 
 def definition_tags(

@@ -41,11 +41,6 @@ def run(A, B):
 """
 
 
-def _is_divided(attention: Attention, tp: int) -> bool:
-    kv_heads = attention.num_kv_heads
-    return attention.num_heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
-
-
 def _unpublished(model: ModelConfig) -> Iterator[Unmapped]:
     """Yield the linear layers that no definition is made for."""
     reason = "no GEMM definition is published for such projections"
@@ -76,7 +71,7 @@ class Gemm(OpModule):
         """Fused qkv, output, fused gate/up, down and router projections (weights `[N, K]`)."""
         hidden, tp = model.hidden_size, serving.tp
         yield from _unpublished(model)
-        if not all(_is_divided(attention, tp) for attention in model.attentions):
+        if not all(attention.heads_of_rank(tp) for attention in model.attentions):
             yield NotProduced(f"linear layers at tp={tp}", f"tp={tp} does not divide the heads")
             tp = 1
         for attention in model.attentions:
@@ -110,10 +105,10 @@ class Gemm(OpModule):
         def fused(queries: int, keys: int) -> int:
             return queries * key * (2 if gated else 1) + keys * (key + value)
 
-        whole = fused(heads, kv_heads)
-        yield self._spec(whole, hidden, "qkv_proj")
-        if tp > 1:
-            yield self._spec(fused(heads // tp, max(1, kv_heads // tp)), hidden, "qkv_proj", tp)
+        yield self._spec(fused(heads, kv_heads), hidden, "qkv_proj")
+        shard = attention.heads_of_rank(tp)
+        if tp > 1 and shard:
+            yield self._spec(fused(*shard), hidden, "qkv_proj", tp)
         yield from self._layer(hidden, heads * value, "o_proj", rows=tp)
         if model.model_type.startswith(_SPLIT_MODEL_TYPES):
             yield from self._layer(heads * key, hidden, "q_proj alone", columns=1)

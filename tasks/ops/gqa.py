@@ -56,15 +56,17 @@ _BEYOND = {
     "attn_logit_softcapping": "logits are capped",
     "attn_logit_cap": "logits are capped",
 }
+"""Fields of attention that does more than the definitions, and what."""
 _PAGED_PREFILL = (
     "multimodal models prefill with the paged wrapper (flashinfer_backend.py: use_ragged)"
 )
 _SINKS = ("gpt_oss",)
+"""Model types whose softmax has a learned term that belongs to no key (`gpt_oss.py: sinks`)."""
 _LAYER = "python/sglang/srt/layers/attention/flashinfer_backend.py"
-_FLAGS = ("--attention-backend flashinfer",)
+FLAGS = ("--attention-backend flashinfer",)
 _DECODE = "BatchDecodeWithPagedKVCacheWrapper"
 _PAGED = "BatchPrefillWithPagedKVCacheWrapper"
-_RAGGED = "BatchPrefillWithRaggedKVCacheWrapper"
+RAGGED = "BatchPrefillWithRaggedKVCacheWrapper"
 
 _HEADER = """\
 import math
@@ -200,6 +202,7 @@ def run({arguments}):
         num_qo_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim_qk=q.shape[2],
+        head_dim_vo=v.shape[2],
         causal=True,
         sm_scale=float(sm_scale),
         q_data_type=q.dtype,
@@ -215,23 +218,20 @@ def _shards(
     """Yield one rank's head counts and head_dim, the scale and the origin, per kind of layer."""
     for attention, layers in model.attentions.items():
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        rank = attention.heads_of_rank(serving.tp)
         if attention.v_head_dim != dim:
             yield Unmapped(
                 f"attention of {layers} layers",
                 f"keys are {dim} and values {attention.v_head_dim} wide; paged and ragged GQA "
                 "definitions have one head_dim",
             )
-        elif heads % serving.tp or (kv_heads % serving.tp and serving.tp % kv_heads):
+        elif rank is None:
             yield NotProduced(
                 f"attention at tp={serving.tp}",
                 f"tp={serving.tp} does not divide {heads} query and {kv_heads} KV heads",
             )
         else:
-            axes = {
-                "num_qo_heads": heads // serving.tp,
-                "num_kv_heads": max(1, kv_heads // serving.tp),
-                "head_dim": dim,
-            }
+            axes = {"num_qo_heads": rank[0], "num_kv_heads": rank[1], "head_dim": dim}
             origin = (
                 f"{heads} query and {kv_heads} KV heads at tp={serving.tp} ({serving.origin})"
                 f"{_beyond(model)}"
@@ -319,14 +319,33 @@ _AXES = {
 }
 
 
-def _api(module: str, wrapper: str) -> FlashInferApi:
+def wrapper_api(module: str, wrapper: str, layer: str = _LAYER) -> FlashInferApi:
+    """Return a batch wrapper that a flashinfer attention backend of SGLang plans and runs."""
     return FlashInferApi(
         path=f"flashinfer.{module}.{wrapper}",
         method="run",
         dumps=(f"{wrapper}.plan", f"{wrapper}.run"),
-        server_flags=_FLAGS,
-        sglang_layer=_LAYER,
+        server_flags=FLAGS,
+        sglang_layer=layer,
     )
+
+
+def ragged_extent() -> Json:
+    """Return the var axes and the constraints of a prefill over ragged inputs."""
+    return {
+        "axes": {
+            "len_indptr": var("Length of the offset arrays (batch_size + 1)."),
+            "total_q": var("Query tokens of all sequences."),
+            "total_kv": var("Key-value tokens of all sequences."),
+        },
+        "constraints": ["total_q == qo_indptr[-1].item()", "total_kv == kv_indptr[-1].item()"],
+    }
+
+
+def ragged_baseline(inputs: Json) -> str:
+    """Return the source that plans and runs the ragged wrapper; keys and values may differ."""
+    head = _WRAPPER.format(wrapper=RAGGED, layout='"NHD"')
+    return head + _RAGGED_BASELINE.format(arguments=", ".join(inputs))
 
 
 @register
@@ -335,7 +354,7 @@ class GqaPaged(OpModule):
 
     op_type = "gqa_paged"
 
-    apis = (_api("decode", _DECODE), _api("prefill", _PAGED))
+    apis = (wrapper_api("decode", _DECODE), wrapper_api("prefill", _PAGED))
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Softmax attention with keys and values of its own."""
@@ -367,7 +386,7 @@ class GqaPaged(OpModule):
         page_size = spec.axes["page_size"]
         if page_size == 1:
             return api
-        return replace(api, server_flags=(*_FLAGS, f"--page-size {page_size}"))
+        return replace(api, server_flags=(*FLAGS, f"--page-size {page_size}"))
 
     def template_call(self, spec: KernelSpec) -> TemplateCall | None:
         """Trusted at page size 1; the templates know no `kv_last_page_len`."""
@@ -450,7 +469,7 @@ class GqaPaged(OpModule):
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per plan that is known to be run."""
         wrapper = _DECODE if spec.variant == "decode" else _PAGED
-        ragged = {call.process for call in calls if call.name == f"{_RAGGED}.plan"}
+        ragged = {call.process for call in calls if call.name == f"{RAGGED}.plan"}
 
         def make(call: Call) -> Row:
             if spec.variant == "prefill" and call.process in ragged:
@@ -549,7 +568,7 @@ class GqaRagged(OpModule):
 
     op_type = "gqa_ragged"
 
-    apis = (_api("prefill", _RAGGED),)
+    apis = (wrapper_api("prefill", RAGGED),)
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Softmax attention with keys and values of its own."""
@@ -583,7 +602,7 @@ class GqaRagged(OpModule):
         axes = spec.axes
         kv = MetaTensor((100, axes["num_kv_heads"], axes["head_dim"]), "bfloat16")
         return TemplateCall(
-            f"flashinfer.prefill:{_RAGGED}.run",
+            f"flashinfer.prefill:{RAGGED}.run",
             {
                 "q": MetaTensor((100, axes["num_qo_heads"], axes["head_dim"]), "bfloat16"),
                 "k": kv,
@@ -607,19 +626,12 @@ class GqaRagged(OpModule):
             "sm_scale": scalar("float32", "Softmax scale."),
         }
         constant = {a: const(axes[a], text) for a, text in _AXES.items() if a in axes}
+        extent = ragged_extent()
         return {
             "description": "Batched grouped-query attention prefill, causal, ragged inputs.",
             "tags": ["stage:prefill"],
-            "axes": {
-                **constant,
-                "len_indptr": var("Length of the offset arrays (batch_size + 1)."),
-                "total_q": var("Query tokens of all sequences."),
-                "total_kv": var("Key-value tokens of all sequences."),
-            },
-            "constraints": [
-                "total_q == qo_indptr[-1].item()",
-                "total_kv == kv_indptr[-1].item()",
-            ],
+            "axes": {**constant, **extent["axes"]},
+            "constraints": extent["constraints"],
             "inputs": inputs,
             "outputs": {
                 "output": tensor(query, "bfloat16", "Attention output."),
@@ -635,7 +647,7 @@ class GqaRagged(OpModule):
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per ragged plan."""
-        return rows_of(calls, f"{_RAGGED}.plan", lambda call: self._row(spec, call))
+        return rows_of(calls, f"{RAGGED}.plan", lambda call: self._row(spec, call))
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
         names = {
@@ -668,5 +680,4 @@ class GqaRagged(OpModule):
 
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper."""
-        head = _WRAPPER.format(wrapper=_RAGGED, layout='"NHD"')
-        return head + _RAGGED_BASELINE.format(arguments=", ".join(self.definition(spec)["inputs"]))
+        return ragged_baseline(self.definition(spec)["inputs"])

@@ -30,12 +30,11 @@ from tasks.ops.base import (
     tensor,
     var,
 )
+from tasks.ops.gqa import FLAGS, RAGGED, ragged_baseline, ragged_extent, wrapper_api
 
 _LAYER = "python/sglang/srt/layers/attention/flashinfer_mla_backend.py"
-_FLAGS = ("--attention-backend flashinfer",)
 _NO_RAGGED = "--flashinfer-mla-disable-ragged"
 _PAGED = "BatchMLAPagedAttentionWrapper"
-_RAGGED = "BatchPrefillWithRaggedKVCacheWrapper"
 
 _HEADER = """\
 import math
@@ -141,38 +140,6 @@ def run({arguments}):
         kv_data_type=ckv_cache.dtype,
     )
     return wrapper.run(q_nope, q_pe, ckv_cache, kpe_cache, return_lse=True)
-"""
-
-_RAGGED_BASELINE = """\
-import flashinfer
-import torch
-
-_state = {{}}
-
-
-def _wrapper(device):
-    if device not in _state:
-        workspace = torch.empty(256 * 1024 * 1024, dtype=torch.uint8, device=device)
-        wrapper = flashinfer.prefill.BatchPrefillWithRaggedKVCacheWrapper
-        _state[device] = wrapper(workspace, "NHD")
-    return _state[device]
-
-
-def run({arguments}):
-    wrapper = _wrapper(q.device)
-    wrapper.plan(
-        qo_indptr,
-        kv_indptr,
-        num_qo_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim_qk=q.shape[2],
-        head_dim_vo=v.shape[2],
-        causal=True,
-        sm_scale=float(sm_scale),
-        q_data_type=q.dtype,
-        kv_data_type=k.dtype,
-    )
-    return wrapper.run(q, k, v, return_lse=True)
 """
 
 LATENT_AXES = {
@@ -286,15 +253,7 @@ class MlaPaged(OpModule):
     """
 
     op_type = "mla_paged"
-    apis = (
-        FlashInferApi(
-            path=f"flashinfer.mla.{_PAGED}",
-            method="run",
-            dumps=(f"{_PAGED}.plan", f"{_PAGED}.run"),
-            server_flags=_FLAGS,
-            sglang_layer=_LAYER,
-        ),
-    )
+    apis = (wrapper_api("mla", _PAGED, _LAYER),)
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Full attention, where the cache is latent and the attention not sparse."""
@@ -327,7 +286,7 @@ class MlaPaged(OpModule):
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """The one wrapper for both stages; SGLang always plans it with page size 1."""
-        flags = list(_FLAGS)
+        flags = list(FLAGS)
         if spec.variant == "prefill":
             flags.append(_NO_RAGGED)
         if spec.axes["page_size"] != 1:
@@ -414,15 +373,7 @@ class MlaRagged(OpModule):
     """Causal prefill over each head's own keys and values, which differ in dimension."""
 
     op_type = "mla_ragged"
-    apis = (
-        FlashInferApi(
-            path=f"flashinfer.prefill.{_RAGGED}",
-            method="run",
-            dumps=(f"{_RAGGED}.plan", f"{_RAGGED}.run"),
-            server_flags=_FLAGS,
-            sglang_layer=_LAYER,
-        ),
-    )
+    apis = (wrapper_api("prefill", RAGGED, _LAYER),)
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Full attention, where the cache is latent and the attention not sparse."""
@@ -469,20 +420,12 @@ class MlaRagged(OpModule):
             "kv_indptr": tensor(["len_indptr"], "int32", "Key-value offsets per sequence."),
             "sm_scale": latent_scale(),
         }
-        output = ["total_q", "num_qo_heads", "vo_dim"]
+        output, extent = ["total_q", "num_qo_heads", "vo_dim"], ragged_extent()
         return {
             "description": "Batched multi-head latent attention prefill, causal, ragged inputs.",
             "tags": ["stage:prefill"],
-            "axes": {
-                **{a: const(axes[a], _RAGGED_AXES[a]) for a in axes},
-                "len_indptr": var("Length of the offset arrays (batch_size + 1)."),
-                "total_q": var("Query tokens of all sequences."),
-                "total_kv": var("Key-value tokens of all sequences."),
-            },
-            "constraints": [
-                "total_q == qo_indptr[-1].item()",
-                "total_kv == kv_indptr[-1].item()",
-            ],
+            "axes": {**{a: const(axes[a], _RAGGED_AXES[a]) for a in axes}, **extent["axes"]},
+            "constraints": extent["constraints"],
             "inputs": inputs,
             "outputs": {
                 "output": tensor(output, "bfloat16", "Attention output."),
@@ -500,4 +443,4 @@ class MlaRagged(OpModule):
 
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper."""
-        return _RAGGED_BASELINE.format(arguments=", ".join(self.definition(spec)["inputs"]))
+        return ragged_baseline(self.definition(spec)["inputs"])

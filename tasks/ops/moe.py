@@ -434,7 +434,9 @@ class FusedMoe(OpModule):
 
     def _reference(self, spec: KernelSpec, inputs: Json, *parts: str) -> str:
         axes = spec.axes
-        on_input = _route(spec) in parts and spec.constants["routing"] == _Routing.LLAMA4.value
+        # What comes routed already has the weights for the output, whatever chose them.
+        routed = spec.variant == "fp4_block_scale_routed"
+        on_input = spec.constants["routing"] == _Routing.LLAMA4.value and not routed
         return "".join((_HEAD, *parts, _EXPERTS)).format(
             arguments=", ".join(inputs),
             hidden=axes["hidden_size"],
