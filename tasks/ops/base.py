@@ -7,14 +7,17 @@ interface, so a new kernel family is one new file.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from tasks.errors import DefinitionError
 from tasks.model import ModelConfig, Serving
 
 Json = dict[str, Any]
@@ -236,6 +239,54 @@ class OpModule(ABC):
     any_architecture: ClassVar[bool] = False
     """Whether `required` may be asked about a model class that nobody has read."""
 
+    names: ClassVar[Mapping[str, str]] = {}
+    """Variant -> its definitions' names, a format string over const axes and constants."""
+
+    def name_of(
+        self, variant: str, axes: Mapping[str, int], constants: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return a definition's name."""
+        return self.names[variant].format_map({**axes, **(constants or {})})
+
+    def spec_of(self, definition: Json) -> KernelSpec:
+        """Return the spec that a definition's name and const axes stand for.
+
+        Raises:
+            DefinitionError: the name is none of this family's, or contradicts the axes.
+        """
+        name, axes = definition["name"], const_axes(definition)
+        for variant, pattern in self.names.items():
+            said = said_by_name(pattern, name)
+            if said is None:
+                continue
+            wrong = {axis: n for axis, n in said.items() if axes.get(axis, n) != n}
+            if wrong:
+                raise DefinitionError(f"{name}: the name says {wrong}, the axes {axes}")
+            return self.restored(definition, variant, axes, said)
+        raise DefinitionError(f"{name}: not a name of op type {self.op_type!r}")
+
+    def restored(
+        self,
+        definition: Json,
+        variant: str,
+        axes: Mapping[str, int],
+        said: Mapping[str, int | str],
+    ) -> KernelSpec:
+        """Return the spec of one of this family's definitions.
+
+        Args:
+            definition: the definition.
+            variant: which of the family's it is, by its name.
+            axes: its const axes.
+            said: what its name says.
+
+        Raises:
+            DefinitionError: it lacks something that decides the kernel.
+        """
+        return KernelSpec(
+            name=definition["name"], op_type=self.op_type, variant=variant, axes=dict(axes)
+        )
+
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Whether layers of this kind (`model.mixers`) run kernels of this family."""
         return False
@@ -286,6 +337,27 @@ def register(module: type[OpModule]) -> type[OpModule]:
 def registry() -> Mapping[str, OpModule]:
     """Return the registered op modules by op type, in order whichever file was imported first."""
     return dict(sorted(_REGISTRY.items()))
+
+
+def const_axes(definition: Json) -> dict[str, int]:
+    """Return a definition's const axes."""
+    return {
+        name: axis["value"] for name, axis in definition["axes"].items() if axis["type"] == "const"
+    }
+
+
+def said_by_name(pattern: str, name: str) -> dict[str, int | str] | None:
+    """Return what a name says by its pattern (`OpModule.names`), or nothing if it is not of it."""
+    expression = "".join(
+        re.escape(text) + (f"(?P<{field_name}>[a-z_]+|[0-9]+)" if field_name else "")
+        for text, field_name, _, _ in Formatter().parse(pattern)
+    )
+    match = re.fullmatch(expression, name)
+    if match is None:
+        return None
+    return {
+        key: int(value) if value.isdigit() else value for key, value in match.groupdict().items()
+    }
 
 
 def definition_tags(

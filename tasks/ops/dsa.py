@@ -135,6 +135,15 @@ class DsaPaged(OpModule):
     """
 
     op_type = "dsa_paged"
+    names = {
+        "sparse_attention": (
+            "dsa_sparse_attention_h{num_qo_heads}_ckv{head_dim_ckv}_kpe{head_dim_kpe}"
+            "_topk{topk}_ps{page_size}"
+        ),
+        "topk_indexer": (
+            "dsa_topk_indexer_fp8_h{num_index_heads}_d{index_head_dim}_topk{topk}_ps{page_size}"
+        ),
+    }
     apis = (
         FlashInferApi(
             path="flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla",
@@ -169,10 +178,7 @@ class DsaPaged(OpModule):
         for page_size in serving.page_sizes:
             axes = {**latent_axes(model, heads, page_size), "topk": topk}
             yield KernelSpec(
-                name=(
-                    f"dsa_sparse_attention_h{heads}_ckv{axes['head_dim_ckv']}"
-                    f"_kpe{axes['head_dim_kpe']}_topk{topk}_ps{page_size}"
-                ),
+                name=self.name_of("sparse_attention", axes),
                 op_type=self.op_type,
                 variant="sparse_attention",
                 axes=axes,
@@ -193,18 +199,19 @@ class DsaPaged(OpModule):
                 f"index_head_dim is {head_dim}; SGLang's FP8 index cache is made for "
                 f"{_INDEX_HEAD_DIM}",
             )
+        axes = {
+            "num_index_heads": heads,
+            "index_head_dim": head_dim,
+            "page_size": _INDEX_PAGE,
+            "topk": topk,
+            "kv_cache_num_heads": 1,
+            "head_dim_with_scale": head_dim + _SCALE_BYTES,
+        }
         return KernelSpec(
-            name=f"dsa_topk_indexer_fp8_h{heads}_d{head_dim}_topk{topk}_ps{_INDEX_PAGE}",
+            name=self.name_of("topk_indexer", axes),
             op_type=self.op_type,
             variant="topk_indexer",
-            axes={
-                "num_index_heads": heads,
-                "index_head_dim": head_dim,
-                "page_size": _INDEX_PAGE,
-                "topk": topk,
-                "kv_cache_num_heads": 1,
-                "head_dim_with_scale": head_dim + _SCALE_BYTES,
-            },
+            axes=axes,
             origin=(
                 f"index_n_heads = {heads}, index_head_dim = {head_dim}, index_topk = {topk}, "
                 "not sharded",

@@ -276,6 +276,10 @@ class Gdn(OpModule):
     """`gdn_{decode|prefill|mtp}_qk{key heads}_v{value heads}_d{head dim}_k_last`."""
 
     op_type = "gdn"
+    names = {
+        stage: f"gdn_{stage}_qk{{num_q_heads}}_v{{num_v_heads}}_d{{head_size}}_k_last"
+        for stage in _STAGES
+    }
     apis = tuple(stage.api for stage in _STAGES.values())
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -302,10 +306,9 @@ class Gdn(OpModule):
             "num_v_heads": values // serving.tp,
             "head_size": key_dim,
         }
-        name = "qk{num_q_heads}_v{num_v_heads}_d{head_size}_k_last".format_map(heads)
         for stage in _STAGES:
             yield KernelSpec(
-                name=f"gdn_{stage}_{name}",
+                name=self.name_of(stage, heads),
                 op_type=self.op_type,
                 variant=stage,
                 axes={"seq_len": 1, **heads} if stage == "decode" else heads,

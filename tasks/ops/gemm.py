@@ -65,6 +65,7 @@ class Gemm(OpModule):
     """
 
     op_type = "gemm"
+    names = {"gemm": "gemm_n{N}_k{K}"}
     any_architecture = True
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
@@ -133,11 +134,12 @@ class Gemm(OpModule):
 
     def _spec(self, n: int, k: int, layer: str, tp: int | None = None) -> KernelSpec:
         shard = f" of one rank at tp={tp}" if tp else ""
+        axes = {"N": n, "K": k}
         return KernelSpec(
-            name=f"gemm_n{n}_k{k}",
+            name=self.name_of("gemm", axes),
             op_type=self.op_type,
             variant="gemm",
-            axes={"N": n, "K": k},
+            axes=axes,
             tp=(tp,) if tp else (),
             origin=(f"{layer}{shard}: N={n}, K={k}",),
         )

@@ -307,10 +307,7 @@ def _plan_integers(call: Call, names: dict[str, str]) -> dict[str, int]:
     return seen
 
 
-def _name_axes(spec_axes: dict[str, int]) -> str:
-    return "h{num_qo_heads}_kv{num_kv_heads}_d{head_dim}".format_map(spec_axes)
-
-
+_NAME = "h{num_qo_heads}_kv{num_kv_heads}_d{head_dim}"
 _AXES = {
     "num_qo_heads": "Query heads of one rank.",
     "num_kv_heads": "Key-value heads of one rank.",
@@ -353,7 +350,10 @@ class GqaPaged(OpModule):
     """Decode and causal prefill over a paged KV cache."""
 
     op_type = "gqa_paged"
-
+    names = {
+        "decode": f"gqa_paged_decode_{_NAME}_ps{{page_size}}",
+        "prefill": f"gqa_paged_prefill_causal_{_NAME}_ps{{page_size}}",
+    }
     apis = (wrapper_api("decode", _DECODE), wrapper_api("prefill", _PAGED))
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -368,12 +368,12 @@ class GqaPaged(OpModule):
                 continue
             heads, scale, origin = shard
             for stage, page_size in product(("decode", "prefill"), serving.page_sizes):
-                prefix = "gqa_paged_decode" if stage == "decode" else "gqa_paged_prefill_causal"
+                axes = {**heads, "page_size": page_size}
                 yield KernelSpec(
-                    name=f"{prefix}_{_name_axes(heads)}_ps{page_size}",
+                    name=self.name_of(stage, axes),
                     op_type=self.op_type,
                     variant=stage,
-                    axes={**heads, "page_size": page_size},
+                    axes=axes,
                     tp=(serving.tp,),
                     scalars={"sm_scale": scale},
                     origin=(origin,),
@@ -567,7 +567,7 @@ class GqaRagged(OpModule):
     """Causal prefill over contiguous keys and values."""
 
     op_type = "gqa_ragged"
-
+    names = {"prefill": f"gqa_ragged_prefill_causal_{_NAME}"}
     apis = (wrapper_api("prefill", RAGGED),)
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -582,7 +582,7 @@ class GqaRagged(OpModule):
                 continue
             axes, scale, origin = shard
             yield KernelSpec(
-                name=f"gqa_ragged_prefill_causal_{_name_axes(axes)}",
+                name=self.name_of("prefill", axes),
                 op_type=self.op_type,
                 variant="prefill",
                 axes=axes,

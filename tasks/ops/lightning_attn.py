@@ -66,6 +66,10 @@ class LightningAttention(OpModule):
     """`lightning_attn_{decode|prefill}_h{heads}_d{head_dim}`, heads sharded by tp."""
 
     op_type = "lightning_attn"
+    names = {
+        stage: f"lightning_attn_{stage}_h{{num_heads}}_d{{head_dim}}"
+        for stage in ("decode", "prefill")
+    }
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """MiniMax's linear layers."""
@@ -84,11 +88,12 @@ class LightningAttention(OpModule):
             return
         heads = model.num_heads // serving.tp
         for stage in ("decode", "prefill"):
+            axes = {"num_heads": heads, "head_dim": model.head_dim}
             yield KernelSpec(
-                name=f"lightning_attn_{stage}_h{heads}_d{model.head_dim}",
+                name=self.name_of(stage, axes),
                 op_type=self.op_type,
                 variant=stage,
-                axes={"num_heads": heads, "head_dim": model.head_dim},
+                axes=axes,
                 tp=(serving.tp,),
                 origin=(
                     f"{layers} of {model.num_layers} layers are linear attention, "

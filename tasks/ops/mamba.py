@@ -107,6 +107,7 @@ class MambaSsu(OpModule):
     """`mamba_ssu_decode_h{heads}_d{head_dim}_s{state}_ng{groups}`."""
 
     op_type = "mamba_ssu"
+    names = {"decode": "mamba_ssu_decode_h{nheads}_d{head_dim}_s{dstate}_ng{ngroups}"}
     apis = (
         FlashInferApi(
             path="flashinfer.mamba.selective_state_update",
@@ -149,7 +150,7 @@ class MambaSsu(OpModule):
             "ngroups": max(1, groups // serving.tp),
         }
         yield KernelSpec(
-            name="mamba_ssu_decode_h{nheads}_d{head_dim}_s{dstate}_ng{ngroups}".format_map(axes),
+            name=self.name_of("decode", axes),
             op_type=self.op_type,
             variant="decode",
             axes=axes,

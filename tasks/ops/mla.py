@@ -155,6 +155,7 @@ _RAGGED_AXES = {
     "qk_dim": "Dimension of a query or key (qk_nope_head_dim + qk_rope_head_dim).",
     "vo_dim": "Dimension of a value (v_head_dim).",
 }
+_NAME = "h{num_qo_heads}_ckv{head_dim_ckv}_kpe{head_dim_kpe}_ps{page_size}"
 _SCALE = "Softmax scale, from the dimensions before the projections are absorbed."
 
 
@@ -253,6 +254,10 @@ class MlaPaged(OpModule):
     """
 
     op_type = "mla_paged"
+    names = {
+        "decode": f"mla_paged_decode_{_NAME}",
+        "prefill": f"mla_paged_prefill_causal_{_NAME}",
+    }
     apis = (wrapper_api("mla", _PAGED, _LAYER),)
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -270,12 +275,8 @@ class MlaPaged(OpModule):
         for stage in ("decode", "prefill"):
             for page_size in serving.page_sizes:
                 axes = latent_axes(model, heads, page_size)
-                prefix = "mla_paged_decode" if stage == "decode" else "mla_paged_prefill_causal"
                 yield KernelSpec(
-                    name=(
-                        f"{prefix}_h{heads}_ckv{axes['head_dim_ckv']}_kpe{axes['head_dim_kpe']}"
-                        f"_ps{page_size}"
-                    ),
+                    name=self.name_of(stage, axes),
                     op_type=self.op_type,
                     variant=stage,
                     axes=axes,
@@ -373,6 +374,7 @@ class MlaRagged(OpModule):
     """Causal prefill over each head's own keys and values, which differ in dimension."""
 
     op_type = "mla_ragged"
+    names = {"prefill": "mla_ragged_prefill_causal_h{num_qo_heads}_qk{qk_dim}_vo{vo_dim}"}
     apis = (wrapper_api("prefill", RAGGED, _LAYER),)
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -394,11 +396,12 @@ class MlaRagged(OpModule):
             vo = fields.size("v_head_dim") or model.head_dim
         else:
             vo = fields.required_size("v_head_dim")
+        axes = {"num_qo_heads": heads, "num_kv_heads": heads, "qk_dim": qk, "vo_dim": vo}
         yield KernelSpec(
-            name=f"mla_ragged_prefill_causal_h{heads}_qk{qk}_vo{vo}",
+            name=self.name_of("prefill", axes),
             op_type=self.op_type,
             variant="prefill",
-            axes={"num_qo_heads": heads, "num_kv_heads": heads, "qk_dim": qk, "vo_dim": vo},
+            axes=axes,
             tp=(serving.tp,),
             scalars={"sm_scale": softmax_scale(model)},
             origin=_origin(model, serving),

@@ -5,10 +5,11 @@ Experts are sharded by expert parallelism only: `e` in a name counts the experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from tasks.errors import DefinitionError
 from tasks.model import ModelConfig, Moe, Serving
 from tasks.ops.base import (
     FlashInferApi,
@@ -135,6 +136,10 @@ _KERNELS = {
         "trtllm_fp8_per_tensor_scale_moe", "float8_e4m3fn", f"{_LAYERS}/flashinfer_trtllm_moe.py"
     ),
 }
+
+_SHAPE = "e{num_local_experts}_h{hidden_size}_i{intermediate_size}"
+_GROUPED = " with groups"
+"""Of a variant in `names`: its name says the routing's groups."""
 
 _HEAD = """\
 import torch
@@ -322,7 +327,17 @@ class FusedMoe(OpModule):
     """Block-scaled FP8, block-scaled FP4 (with and without routing) and per-tensor FP8."""
 
     op_type = "moe"
-
+    names = {
+        "fp8_block_scale": f"moe_fp8_block_scale_{{routing}}_topk{{top_k}}_{_SHAPE}",
+        "fp8_block_scale" + _GROUPED: (
+            f"moe_fp8_block_scale_{{routing}}_topk{{top_k}}_ng{{n_group}}_kg{{topk_group}}_{_SHAPE}"
+        ),
+        **{
+            variant: f"{kernel.api}_topk{{top_k}}_{_SHAPE}"
+            for variant, kernel in _KERNELS.items()
+            if variant != "fp8_block_scale"
+        },
+    }
     apis = tuple(_APIS.values())
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
@@ -363,7 +378,6 @@ class FusedMoe(OpModule):
         self, variant: str, routing: _Routing, model: ModelConfig, moe: Moe, serving: Serving
     ) -> KernelSpec:
         local = moe.num_experts // serving.ep
-        shape = f"e{local}_h{moe.hidden_size}_i{moe.intermediate_size}"
         axes = {
             "num_experts": moe.num_experts,
             "num_local_experts": local,
@@ -372,16 +386,12 @@ class FusedMoe(OpModule):
             "top_k": moe.top_k,
         }
         constants: dict[str, int | float | str] = {"routing": routing.value}
-        name = f"{_KERNELS[variant].api}_topk{moe.top_k}_{shape}"
-        if variant == "fp8_block_scale":
-            groups = ""
-            if routing is _Routing.DEEPSEEK:
-                number, kept = moe.num_groups or 1, moe.topk_group or 1
-                constants |= {"n_group": number, "topk_group": kept}
-                groups = f"_ng{number}_kg{kept}"
-            name = f"moe_fp8_block_scale_{routing.value}_topk{moe.top_k}{groups}_{shape}"
+        named = variant
+        if routing is _Routing.DEEPSEEK:
+            constants |= {"n_group": moe.num_groups or 1, "topk_group": moe.topk_group or 1}
+            named += _GROUPED
         return KernelSpec(
-            name=name,
+            name=self.name_of(named, axes, constants),
             op_type=self.op_type,
             variant=variant,
             axes=axes,
@@ -393,6 +403,41 @@ class FusedMoe(OpModule):
                 f"{moe.num_experts} experts, top {moe.top_k}, width {moe.intermediate_size} at "
                 f"ep={serving.ep} ({serving.origin}); the width is the whole expert's",
             ),
+        )
+
+    def restored(
+        self,
+        definition: Json,
+        variant: str,
+        axes: Mapping[str, int],
+        said: Mapping[str, int | str],
+    ) -> KernelSpec:
+        """The name has the routing, or the inputs have: only Llama 4's takes a bias unused."""
+        variant = variant.removesuffix(_GROUPED)
+        routing = said.get("routing")
+        if routing is None:
+            biased = "routing_bias" in definition["inputs"]
+            routing = (_Routing.LLAMA4 if biased else _Routing.RENORMALIZE).value
+        elif routing not in {kind.value for kind in _Routing}:
+            raise DefinitionError(f"{definition['name']}: the name says routing {routing!r}")
+        local = int(said["num_local_experts"])
+        primary = {
+            "num_experts": axes.get("num_experts", local),
+            "num_local_experts": local,
+            "hidden_size": axes["hidden_size"],
+            "intermediate_size": axes["intermediate_size"],
+        }
+        constants = {key: said[key] for key in ("n_group", "topk_group") if key in said}
+        if "top_k" in axes:
+            primary["top_k"] = axes["top_k"]
+        else:
+            constants["top_k"] = said["top_k"]
+        return KernelSpec(
+            name=definition["name"],
+            op_type=self.op_type,
+            variant=variant,
+            axes=primary,
+            constants={"routing": routing, **constants},
         )
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
@@ -429,7 +474,7 @@ class FusedMoe(OpModule):
             "hidden_size": const(axes["hidden_size"], "Hidden dimension."),
             "intermediate_size": const(axes["intermediate_size"], "Width of one expert."),
             "gemm1_out_size": const(2 * axes["intermediate_size"], "Up and gate together."),
-            "top_k": const(axes["top_k"], "Experts per token."),
+            **({"top_k": const(axes["top_k"], "Experts per token.")} if "top_k" in axes else {}),
         }
 
     def _reference(self, spec: KernelSpec, inputs: Json, *parts: str) -> str:
@@ -442,7 +487,7 @@ class FusedMoe(OpModule):
             hidden=axes["hidden_size"],
             experts=axes["num_local_experts"],
             intermediate=axes["intermediate_size"],
-            top_k=axes["top_k"],
+            top_k=axes.get("top_k", spec.constants.get("top_k")),
             block=_BLOCK,
             groups=spec.constants.get("n_group"),
             topk_group=spec.constants.get("topk_group"),
@@ -510,8 +555,6 @@ class FusedMoe(OpModule):
         inputs = {
             "routing_logits": tensor(["seq_len", "num_experts"], "bfloat16", "Router logits.")
         }
-        if spec.constants["routing"] == _Routing.LLAMA4.value:
-            inputs["routing_bias"] = tensor(["num_experts"], "bfloat16", "Taken and not used.")
         if routed:
             inputs = {
                 "topk_ids": tensor(["seq_len", "top_k"], "int32", "Expert and weight, packed.")
@@ -533,6 +576,8 @@ class FusedMoe(OpModule):
         )
         if per_tensor:
             inputs["output2_scales_scalar"] = tensor(["num_experts"], "float32", "Output scale.")
+        if spec.constants["routing"] == _Routing.LLAMA4.value and not routed:
+            inputs["routing_bias"] = tensor(["num_experts"], "bfloat16", "Taken and not used.")
         return {
             "axes": self._axes(local, {"num_experts": "Experts of this rank."}),
             "inputs": inputs,

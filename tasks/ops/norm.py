@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
+from tasks.errors import DefinitionError
 from tasks.model import ModelConfig, Serving
 from tasks.ops.base import (
     Call,
@@ -112,6 +114,7 @@ class RmsNorm(OpModule):
     """`rmsnorm_h{hidden}` and `fused_add_rmsnorm_h{hidden}`; not sharded by tensor parallelism."""
 
     op_type = "rmsnorm"
+    names = {variant: f"{variant}_h{{hidden_size}}" for variant in ("rmsnorm", "fused_add_rmsnorm")}
 
     any_architecture = True
     apis = (_api("rmsnorm"), _api("fused_add_rmsnorm"))
@@ -154,14 +157,33 @@ class RmsNorm(OpModule):
     def _spec(
         self, variant: str, hidden: int, eps: float, field: str, note: str = ""
     ) -> KernelSpec:
+        axes = {"hidden_size": hidden}
         return KernelSpec(
-            name=f"{variant}_h{hidden}",
+            name=self.name_of(variant, axes),
             op_type=self.op_type,
             variant=variant,
-            axes={"hidden_size": hidden},
+            axes=axes,
             constants={"eps": eps},
             origin=(f"{field} = {hidden}, eps = rms_norm_eps = {eps:g}{note}",),
         )
+
+    def restored(
+        self,
+        definition: Json,
+        variant: str,
+        axes: Mapping[str, int],
+        said: Mapping[str, int | str],
+    ) -> KernelSpec:
+        """Epsilon is no axis: the reference has it, as the number `EPS`."""
+        stated = re.search(r"^\s*EPS = (\S+)$", definition["reference"], re.MULTILINE)
+        try:
+            eps = float(stated[1]) if stated else None
+        except ValueError:
+            eps = None
+        if eps is None:
+            raise DefinitionError(f"{definition['name']}: its reference states no EPS")
+        spec = super().restored(definition, variant, axes, said)
+        return spec.model_copy(update={"constants": {"eps": eps}})
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """FlashInfer's norm functions, which SGLang reaches through sglang-kernel."""

@@ -96,6 +96,10 @@ class Rope(OpModule):
     """`rope_with_cos_sin_cache_{neox|gptj}_style_d{head_dim}_rd{rotary_dim}`; not sharded."""
 
     op_type = "rope"
+    names = {
+        style: f"rope_with_cos_sin_cache_{style}_style_d{{head_size}}_rd{{rotary_dim}}"
+        for style in _PAIRS
+    }
     apis = (
         FlashInferApi(
             path="flashinfer.rope.apply_rope_with_cos_sin_cache_inplace",
@@ -125,11 +129,12 @@ class Rope(OpModule):
                     "python/sglang/srt/layers/rotary_embedding/mrope.py",
                 )
                 continue
+            axes = {"head_size": head_dim, "rotary_dim": rotary_dim}
             yield KernelSpec(
-                name=f"rope_with_cos_sin_cache_{style}_style_d{head_dim}_rd{rotary_dim}",
+                name=self.name_of(style, axes),
                 op_type=self.op_type,
                 variant=style,
-                axes={"head_size": head_dim, "rotary_dim": rotary_dim},
+                axes=axes,
                 origin=(f"head_dim = {head_dim}, {source}",),
             )
 

@@ -99,17 +99,19 @@ class Sampling(OpModule):
     """`{filter}_sampling_from_probs_v{vocab}`; runs on the whole vocabulary on every rank."""
 
     op_type = "sampling"
+    names = {variant: f"{variant}_v{{vocab_size}}" for variant in _FILTERS}
     any_architecture = True
     apis = tuple(_api(variant) for variant in _FILTERS)
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec]:
         """The three filters over the model's vocabulary."""
         for variant in _FILTERS:
+            axes = {"vocab_size": model.vocab_size}
             yield KernelSpec(
-                name=f"{variant}_v{model.vocab_size}",
+                name=self.name_of(variant, axes),
                 op_type=self.op_type,
                 variant=variant,
-                axes={"vocab_size": model.vocab_size},
+                axes=axes,
                 origin=(f"vocab_size = {model.vocab_size}",),
             )
 
