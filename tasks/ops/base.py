@@ -239,6 +239,15 @@ class OpModule(ABC):
     any_architecture: ClassVar[bool] = False
     """Whether `required` may be asked about a model class that nobody has read."""
 
+    reference_test: ClassVar[str] = ""
+    """The middle of this family's reference tests (`define/templates/reference_test.py.j2`).
+
+    Python that defines `CASES`, a dict of case name -> function that makes small inputs in order
+    (tensors on the CPU, plain numbers for scalars, `None` for an absent optional input), and
+    `check(inputs, outputs, kernel)`, which compares with an independent computation: another
+    algorithm, mostly in float64. `kernel` says that a GPU kernel computed the outputs. The frame
+    gives it `NAME`, `VARIANT`, `CONST` (const axes), `CONSTANTS` (of the spec) and helpers.
+    """
     names: ClassVar[Mapping[str, str]] = {}
     """Variant -> its definitions' names, a format string over const axes and constants."""
 

@@ -387,7 +387,7 @@ class FusedMoe(OpModule):
         }
         constants: dict[str, int | float | str] = {"routing": routing.value}
         named = variant
-        if routing is _Routing.DEEPSEEK:
+        if routing is _Routing.DEEPSEEK and variant == "fp8_block_scale":
             constants |= {"n_group": moe.num_groups or 1, "topk_group": moe.topk_group or 1}
             named += _GROUPED
         return KernelSpec(

@@ -100,6 +100,30 @@ def run(hidden_states, residual, weight):
     return output
 """
 
+_TEST = """\
+def rows(count):
+    generator, hidden = seeded(count), CONST["hidden_size"]
+    inputs = {"hidden_states": random(generator, count, hidden)}
+    if VARIANT == "fused_add_rmsnorm":
+        inputs["residual"] = 3 * random(generator, count, hidden)
+    inputs["weight"] = random(generator, hidden)
+    # A row of zeros and one so small that epsilon decides.
+    for tensor in list(inputs.values())[:-1]:
+        tensor[-1] = 0
+        tensor[0] *= 0.001
+    return inputs
+
+
+CASES = {"one row": lambda: rows(1), "seven rows": lambda: rows(7)}
+
+
+def check(inputs, outputs, kernel):
+    *added, weight = (tensor.double() for tensor in inputs.values())
+    expected = torch.nn.functional.rms_norm(sum(added), weight.shape, weight, CONSTANTS["eps"])
+    # Values are of order 1: normalised, times a weight of order 1.
+    assert_close(outputs["output"], expected, kernel, loose=2.0**-6)
+"""
+
 
 def _api(function: str) -> FlashInferApi:
     return FlashInferApi(
@@ -117,6 +141,7 @@ class RmsNorm(OpModule):
     names = {variant: f"{variant}_h{{hidden_size}}" for variant in ("rmsnorm", "fused_add_rmsnorm")}
 
     any_architecture = True
+    reference_test = _TEST
     apis = (_api("rmsnorm"), _api("fused_add_rmsnorm"))
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
