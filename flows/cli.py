@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import explore
+from flows import define, explore
+from flows import validate as validate_command
 from flows.command import AsJson, Workspace, app, print_table, reported
 from tasks.errors import InputError, OnboardError
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from tasks.request import OnboardRequest
 
 explore.register(app)
+define.register(app)
+validate_command.register(app)
 
 
 @app.command("run")

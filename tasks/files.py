@@ -65,20 +65,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path, what: str, error: type[InputError] = InputError) -> str:
+    """Read UTF-8 text, with errors that name the file.
+
+    Raises:
+        InputError: (or the given subclass) not readable, or no text.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise error(f"{path}: {what} is not a regular file")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: {what} is not UTF-8 text (byte {cause.start})") from cause
+    except OSError as cause:
+        raise error(f"{path}: {what} cannot be read ({cause.strerror})") from cause
+
+
 def read_json_object(path: Path, what: str, error: type[InputError] = InputError) -> dict[str, Any]:
     """Read a JSON object, with errors that name the file.
 
     Raises:
         InputError: (or the given subclass) not readable, not JSON, or not an object.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise error(f"{path}: {what} is not a regular file")
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise error(f"{path}: {what} is not UTF-8 text (byte {cause.start})") from cause
-    except OSError as cause:
-        raise error(f"{path}: {what} cannot be read ({cause.strerror})") from cause
+    text = read_text(path, what, error)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as cause:

@@ -23,6 +23,8 @@ from tasks.errors import ManifestError
 _FILE_NAME = re.compile(r"onboard_(?P<slug>.+)_(?P<date>\d{8})\.json")
 _LOCK_SECONDS = 60
 DONE = "done"
+NEEDS_REFERENCE = "needs_reference"
+"""Value of `phase2_status`: nobody has written the kernel's reference yet."""
 
 
 class RepoShas(BaseModel):
@@ -61,6 +63,8 @@ class KernelEntry(BaseModel):
     fi_issue_url: str | None = None
     phase2_status: str | None = None
     phase2_method: str | None = None
+    phase2_notes: list[str] | None = None
+    """Ours: what phase 2 has to say, such as what a reference lacks."""
     phase3_status: str | None = None
     workload_entries: int | None = Field(default=None, ge=0)
 
@@ -159,6 +163,7 @@ class RunManifest(BaseModel):
             "existing": entry.route is Route.NOTHING,
             "failed": entry.error,
             "published": pulls.flashinfer_trace_pr and pulls.flashinfer_bench_pr,
+            "needs_reference": entry.phase2_status == NEEDS_REFERENCE,
             "waiting": entry.route is Route.AWAIT_SGLANG and entry.sglang_pr_url,
             "collected": entry.phase3_status == DONE,
             "defined": entry.phase2_status == DONE,

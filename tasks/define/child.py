@@ -1,8 +1,10 @@
-"""The child process that drafts definitions: `python -m tasks.define.child REQUEST RESULT`.
+"""The child process that drafts definitions: `python -m tasks.define.child REQUEST FOLDER`.
 
-It is the only place that imports torch, FlashInfer and FlashInfer-Bench. Templates are called on
-meta tensors, so it needs no GPU and allocates nothing. Without the bench extra every kernel takes
-its op module's definition.
+It is the only place that imports torch, FlashInfer and FlashInfer-Bench, once for all kernels.
+Templates are called on meta tensors, so it needs no GPU and allocates nothing; references run in
+forks of it that may do nothing but compute (`jail.py`). Each kernel's answer is a file of its own,
+written as soon as it is known. Without the bench extra every kernel takes its op module's
+definition, unproved.
 """
 
 from __future__ import annotations
@@ -10,28 +12,47 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import dataclass, field
 from functools import reduce
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tasks import files, ops
+from tasks.define import jail, proof
 from tasks.define.check import check_definition
+from tasks.define.draft import Draft, NeedsReferenceError, Order
+from tasks.define.reference_test import render
 from tasks.define.repair import finish, repair
+from tasks.define.supplied import Supplied
 from tasks.errors import DefinitionError
-from tasks.ops.base import FlashInferApi, KernelSpec, MetaTensor, TemplateCall
+from tasks.ops.base import FlashInferApi, MetaTensor, OpModule, TemplateCall
 
 Json = dict[str, Any]
+_NOBODY = "op type {!r}: nobody has written a reference, and no trace template is trusted"
+_PACKAGES = ("flashinfer-python", "flashinfer-bench", "torch")
 
 
-def _import_bench() -> tuple[Any, Any] | str:
-    """Return torch and FlashInfer-Bench's Definition, or why they cannot be had."""
-    try:
-        import flashinfer  # noqa: F401
-        import torch
-        from flashinfer_bench.data import Definition
-    except Exception as error:  # FlashInfer runs device code at import on some hosts
-        return f"{type(error).__name__}: {error}"
-    return torch, Definition
+@dataclass
+class Bench:
+    """The packages of the bench extra, or why they cannot be had."""
+
+    missing: str = ""
+    torch: Any = None
+    definition: Any = None
+    """`flashinfer_bench.data.Definition`."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls) -> Bench:
+        """Import them."""
+        try:
+            import flashinfer  # noqa: F401
+            import torch
+            from flashinfer_bench.data import Definition
+        except Exception as error:  # FlashInfer runs device code at import on some hosts
+            return cls(missing=f"{type(error).__name__}: {error}")
+        return cls("", torch, Definition, {name: version(name) for name in _PACKAGES})
 
 
 def _meta(value: Any, torch: Any) -> Any:
@@ -42,8 +63,12 @@ def _meta(value: Any, torch: Any) -> Any:
     return value
 
 
-def _call_template(call: TemplateCall, torch: Any) -> Json:
-    """Call `api.fi_trace(...)` on meta tensors."""
+def call_template(call: TemplateCall, torch: Any) -> Json:
+    """Call `api.fi_trace(...)` on meta tensors.
+
+    Raises:
+        DefinitionError: there is no such API or template, or it fails.
+    """
     module, _, name = call.api.partition(":")
     try:
         api = reduce(getattr, name.split("."), importlib.import_module(module))
@@ -53,54 +78,100 @@ def _call_template(call: TemplateCall, torch: Any) -> Json:
     return dict(answer)
 
 
-def _draft(spec: KernelSpec, has_template: bool, model_slug: str, bench: Any) -> Json:
-    """Return one kernel's definition and how it was made."""
-    module = ops.op_module(spec.op_type)
-    provider = module.provider(spec)
-    own = module.definition(spec)
-    body, method, notes = own, "op_module", []
-    call = module.template_call(spec) if has_template else None
-    if call is not None:
-        if isinstance(bench, str):
-            notes.append(f"trace template not used: {bench}")
-        else:
+@dataclass(frozen=True)
+class Drafting:
+    """How the kernels of one request are drafted."""
+
+    bench: Bench
+    model_slug: str
+    seconds: float | None
+    """What one call of a reference may take; nothing is proved if not set."""
+
+    def draft(self, order: Order) -> Draft:
+        """Draft one definition: from a trace template, else from the op module.
+
+        Raises:
+            DefinitionError: it cannot be, or its reference is wrong.
+            NeedsReferenceError: nobody has written one.
+        """
+        spec, module = order.spec, ops.family(order.spec.op_type)
+        provider, own = module.provider(spec), module.definition(spec)
+        notes: list[str] = []
+        if order.supplied is not None:
+            supplied = Supplied.parse(order.supplied, own, module.reference_test)
+            return self._proved(order, supplied.body, "supplied", supplied.family, notes)
+        call = module.template_call(spec) if order.has_template else None
+        if call is not None:
             try:
-                body = repair(_call_template(call, bench[0]), spec, own)
-                method = "trace_template"
+                return self._harvested(order, call, own, module)
             except DefinitionError as error:
                 notes.append(f"trace template not used: {error}")
-    definition = finish(body, spec, provider, model_slug)
-    check_definition(definition)
-    if not isinstance(bench, str):
-        try:
-            bench[1].model_validate(definition)
-        except ValueError as error:
-            raise DefinitionError(f"flashinfer_bench.data.Definition: {error}") from error
-    if isinstance(provider, FlashInferApi) and method == "op_module" and not notes:
-        notes.append("no trace template is trusted for this kernel")
-    return {"definition": definition, "method": method, "notes": notes}
+        elif isinstance(provider, FlashInferApi):
+            notes.append("no trace template is trusted for this kernel")
+        if "reference" not in own:
+            raise NeedsReferenceError(_NOBODY.format(spec.op_type))
+        return self._proved(order, own, "op_module", module.reference_test, notes)
+
+    def _harvested(self, order: Order, call: TemplateCall, own: Json, module: OpModule) -> Draft:
+        if self.bench.missing:
+            raise DefinitionError(self.bench.missing)
+        body = repair(call_template(call, self.bench.torch), order.spec, own)
+        return self._proved(order, body, "trace_template", module.reference_test, [])
+
+    def _proved(
+        self, order: Order, body: Json, method: str, family: str, notes: list[str]
+    ) -> Draft:
+        """Check a definition's form, render its test, and run the reference against it.
+
+        Raises:
+            DefinitionError: something does not hold.
+        """
+        module = ops.family(order.spec.op_type)
+        definition = finish(body, order.spec, module.provider(order.spec), self.model_slug)
+        check_definition(definition)
+        test = render(order.spec, family)
+        proved: list[str] = []
+        if not self.bench.missing:
+            try:
+                self.bench.definition.model_validate(definition)
+            except ValueError as error:
+                raise DefinitionError(f"flashinfer_bench.data.Definition: {error}") from error
+        if self.seconds and self.bench.missing:
+            notes = [*notes, f"not proved: {self.bench.missing}"]
+        elif self.seconds:
+            limits = jail.Limits(seconds=self.seconds)
+            if family == module.reference_test:
+                proved = proof.prove(definition, test, limits)
+            else:
+                embedded = render(order.spec, family, embedded=definition)
+                proved = proof.prove_supplied(embedded, limits)
+        return Draft(
+            definition=definition,
+            method=method,
+            notes=notes,
+            test=test,
+            proof=proved,
+            versions=self.bench.versions,
+        )
 
 
-def main(request_path: str, result_path: str) -> None:
-    """Draft every kernel of the request; one kernel's failure is its own result."""
+def main(request_path: str, folder: str) -> None:
+    """Draft every kernel of the request; one kernel's failure is its own answer."""
+    jail.deny_network()
     request = json.loads(Path(request_path).read_text())
-    bench = _import_bench()
-    results: dict[str, Json] = {}
-    for item in request["kernels"]:
+    bench = Bench.load()
+    drafting = Drafting(bench, request["model_slug"], request["seconds"])
+    for item in request["orders"]:
+        order = Order.model_validate(item)
         try:
-            spec = KernelSpec.model_validate(item["spec"])
-            draft = _draft(spec, item["has_template"], request["model_slug"], bench)
+            answer = drafting.draft(order).model_dump(mode="json")
+        except NeedsReferenceError as error:
+            answer = {"needs_reference": str(error)}
         except DefinitionError as error:
-            draft = {"error": str(error)}
+            answer = {"error": str(error)}
         except Exception as error:  # one kernel's is not the others'
-            draft = {"error": f"unexpected {type(error).__name__}: {error}"}
-        results[item["name"]] = draft
-    versions = {}
-    if not isinstance(bench, str):
-        from importlib.metadata import version
-
-        versions = {name: version(name) for name in ("flashinfer-python", "flashinfer-bench")}
-    files.write_json(Path(result_path), {"versions": versions, "kernels": results})
+            answer = {"error": f"unexpected {type(error).__name__}: {error}"}
+        files.write_json(Path(folder, f"{order.spec.name}.json"), answer)
 
 
 if __name__ == "__main__":

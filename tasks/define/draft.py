@@ -1,82 +1,169 @@
-"""Draft the definitions of a run's new kernels, and stage one of them in the dataset clone."""
+"""Draft definitions in a child process, and stage one of them in the dataset clone."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import files, sandbox
-from tasks.dataset import DefinitionFiles
-from tasks.errors import DefinitionError
-from tasks.manifest import KernelEntry
+from pydantic import BaseModel, ConfigDict
 
-_SECONDS = 300
+from tasks import files, ops, sandbox
+from tasks.dataset import DefinitionFiles
+from tasks.errors import DefinitionError, OnboardError
+from tasks.manifest import KernelEntry
+from tasks.ops.base import KernelSpec
+
+_SECONDS_IN_ALL, _SECONDS_EACH = 120, 60
 _MEMORY_GB = 64
 """Address space, not resident memory: torch maps far more than it touches."""
+
+
+class NeedsReferenceError(OnboardError):
+    """Nobody has written a reference for the kernel."""
+
+    exit_code = 3
+
+
+class Order(BaseModel):
+    """One definition to draft."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spec: KernelSpec
+    has_template: bool = True
+    """Whether FlashInfer has a trace template for the kernel's API."""
+    supplied: str | None = None
+    """A Python file with the reference that the op module lacks (`define/supplied.py`)."""
+
+
+class Draft(BaseModel):
+    """A definition that was drafted and proved."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    definition: dict[str, Any]
+    method: str
+    """`trace_template`, `op_module` or `supplied`."""
+    notes: list[str]
+    """What was repaired, and why a template was not used."""
+    test: str
+    """The source of its reference test."""
+    proof: list[str]
+    """The cases in which the reference agreed with the independent computation."""
+    versions: dict[str, str]
+
+
+def order_of(entry: KernelEntry, supplied: str | None = None) -> Order:
+    """Return what to draft for a kernel of a manifest.
+
+    Raises:
+        DefinitionError: the manifest does not say what the kernel is.
+    """
+    name, op_type = entry.definition_name, entry.op_type
+    if entry.spec is not None:
+        try:
+            spec = KernelSpec.model_validate(entry.spec)
+        except ValueError as error:
+            raise DefinitionError(f"{name}: field spec of the manifest: {error}") from error
+    elif op_type in ops.registry():
+        raise DefinitionError(f"{name}: the manifest has no `spec`; run phase 1 again")
+    else:
+        spec = KernelSpec(name=name, op_type=op_type, variant="", axes={})
+    return Order(spec=spec, has_template=entry.fi_trace_template is not False, supplied=supplied)
 
 
 def _draft_path(drafts: Path, name: str) -> Path:
     return drafts / f"{files.safe_name(name, 'definition name')}.json"
 
 
-def draft_definitions(entries: Sequence[KernelEntry], model_slug: str, drafts: Path) -> None:
-    """Draft all entries in one child process, one file each in `drafts`.
+def draft_definitions(
+    orders: Sequence[Order],
+    model_slug: str,
+    drafts: Path,
+    *,
+    prove: bool = True,
+    seconds: float = _SECONDS_EACH,
+) -> None:
+    """Draft, and prove, all orders in one child process, one file each in `drafts`.
 
-    A kernel that cannot be drafted gets a file with its `error`; all of them, with the child's last
-    lines, where the child itself failed.
+    A kernel that fails gets a file with its `error`; so do those that were not reached when the
+    child itself failed, with the child's last lines.
+
+    Args:
+        orders: what to draft.
+        model_slug: for the definitions' tags.
+        drafts: the folder; earlier drafts of these kernels are removed from it.
+        prove: whether references are run and compared.
+        seconds: what one call of a reference may take.
     """
+    for order in orders:
+        _draft_path(drafts, order.spec.name).unlink(missing_ok=True)
     request = {
         "model_slug": model_slug,
-        "kernels": [
-            {
-                "name": entry.definition_name,
-                "spec": entry.spec,
-                "has_template": bool(entry.fi_trace_template),
-            }
-            for entry in entries
-        ],
+        "seconds": seconds if prove else None,
+        "orders": [order.model_dump(mode="json") for order in orders],
     }
     with tempfile.TemporaryDirectory(prefix="onboard-draft-") as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "result.json")
+        asked = Path(folder, "request.json")
         files.write_json(asked, request)
+        drafts.mkdir(parents=True, exist_ok=True)
         outcome = sandbox.run_python(
-            ["-m", "tasks.define.child", str(asked), str(answered)],
-            timeout=_SECONDS,
+            ["-m", "tasks.define.child", str(asked), str(drafts.absolute())],
+            timeout=_SECONDS_IN_ALL + seconds * len(orders),
             memory_gb=_MEMORY_GB,
             cwd=Path(folder),
         )
-        if outcome.ok:
-            result = files.read_json_object(answered, "the drafts")
-        else:
-            failed = {"error": f"drafting: the child process {outcome.reason}"}
-            kernels = {entry.definition_name: failed for entry in entries}
-            result = {"versions": {}, "kernels": kernels}
-    for name, draft in result["kernels"].items():
-        files.write_json(_draft_path(drafts, name), {**draft, "versions": result["versions"]})
+    for order in orders:
+        if not _draft_path(drafts, order.spec.name).exists():
+            reason = outcome.reason or "ended without an answer"
+            write_failure(drafts, order.spec.name, f"drafting: the child process {reason}")
 
 
-def stage_definition(entry: KernelEntry, drafts: Path, dataset: Path) -> dict[str, Any]:
-    """Write one drafted definition into the dataset clone, atomically.
+def write_failure(drafts: Path, name: str, error: str) -> None:
+    """Record why a kernel could not be drafted, in place of its draft."""
+    files.write_json(_draft_path(drafts, name), {"error": error})
 
-    Returns:
-        The draft: `definition`, `method`, `notes`, `versions`.
+
+def read_draft(drafts: Path, name: str) -> Draft:
+    """Return a drafted definition.
 
     Raises:
         DefinitionError: it was not drafted, or could not be.
+        NeedsReferenceError: it lacks a reference.
     """
-    path = _draft_path(drafts, entry.definition_name)
+    path = _draft_path(drafts, name)
     if not path.exists():
-        raise DefinitionError(f"{entry.definition_name}: has no draft at {path}")
+        raise DefinitionError(f"{name}: has no draft at {path}")
     draft = files.read_json_object(path, "the draft")
+    if "needs_reference" in draft:
+        raise NeedsReferenceError(f"{name}: {draft['needs_reference']}")
     if "error" in draft:
-        raise DefinitionError(f"{entry.definition_name}: {draft['error']}")
-    staged = dataset / DefinitionFiles(entry.op_type, entry.definition_name).definition
+        raise DefinitionError(f"{name}: {draft['error']}")
+    return Draft.model_validate(draft)
+
+
+def stage_definition(name: str, op_type: str, drafts: Path, dataset: Path) -> Draft:
+    """Write one drafted definition and its reference test into the dataset, atomically.
+
+    Raises:
+        DefinitionError: it was not drafted, or could not be.
+        NeedsReferenceError: it lacks a reference.
+    """
+    draft = read_draft(drafts, name)
+    place = DefinitionFiles(op_type, name)
+    staged = dataset / place.definition
     if staged.exists():
-        # Another model needs the kernel too: the definition is the same, the models add up.
-        earlier = files.read_json_object(staged, "the staged definition")["tags"]
-        tags = draft["definition"]["tags"]
-        draft["definition"]["tags"] = list(dict.fromkeys((*earlier, *tags)))
-    files.write_json(staged, draft["definition"])
+        draft.definition = _merged(
+            draft.definition, files.read_json_object(staged, "the staged definition")
+        )
+    files.write_text(dataset / place.reference_test, draft.test)
+    files.write_json(staged, draft.definition)
     return draft
+
+
+def _merged(definition: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a definition with the tags of the same kernel staged for another model."""
+    tags = [*earlier["tags"], *definition["tags"]]
+    return {**definition, "tags": list(dict.fromkeys(tags))}

@@ -6,6 +6,7 @@ The frame is the same for every definition; its middle is the op module's `refer
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -22,12 +23,16 @@ _TEMPLATES = Environment(
 )
 
 
-def render(spec: KernelSpec, family: str | None = None) -> str:
+def render(
+    spec: KernelSpec, family: str | None = None, *, embedded: dict[str, Any] | None = None
+) -> str:
     """Return the source of `tests/references/test_{name}.py`.
 
     Args:
         spec: the kernel.
         family: the middle, where it is not the op module's own.
+        embedded: a definition to contain instead of reading it from the dataset; then there are no
+            test functions, only `CASES` and `prove(case)`.
     """
     middle = ops.op_module(spec.op_type).reference_test if family is None else family
     return _TEMPLATES.get_template("reference_test.py.j2").render(
@@ -36,4 +41,5 @@ def render(spec: KernelSpec, family: str | None = None) -> str:
         variant=spec.variant,
         constants=spec.constants,
         family=middle.strip(),
+        embedded=repr(embedded) if embedded else None,
     )

@@ -155,6 +155,7 @@ class Kernel:
             "sgl_status": self.sgl_status,
             "server_flags": list(self.server_flags),
             "evidence": list(self.evidence),
+            "spec": spec.model_dump(mode="json"),
         }
 
 

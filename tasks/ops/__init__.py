@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Mapping
 
 from tasks.errors import InputError
-from tasks.ops.base import KernelSpec, OpModule, register, registry
+from tasks.ops.base import KernelSpec, OpModule, UnknownFamily, register, registry
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -25,4 +25,9 @@ def op_module(op_type: str) -> OpModule:
     return known[op_type]
 
 
-__all__ = ["KernelSpec", "OpModule", "op_module", "register", "registry"]
+def family(op_type: str) -> OpModule:
+    """Return the module that knows `op_type`, or one that knows nothing."""
+    return registry().get(op_type) or UnknownFamily()
+
+
+__all__ = ["KernelSpec", "OpModule", "family", "op_module", "register", "registry"]

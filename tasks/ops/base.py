@@ -101,6 +101,8 @@ class FlashInferApi:
     """What makes SGLang take this path, where it does not by default."""
     sglang_layer: str = ""
     """The SGLang file that would call it, relative to the repository."""
+    former: tuple[str, ...] = ()
+    """Paths that published tags have for it and that are wrong by now."""
 
 
 @dataclass(frozen=True)
@@ -316,12 +318,35 @@ class OpModule(ABC):
     def definition(self, spec: KernelSpec) -> Json:
         """Return the definition written here: schema and PyTorch `reference`.
 
-        Without name, op type and tags about the run, which are the same for every family.
+        Without name, op type and tags about the run, which are the same for every family. Without
+        `reference` while nobody has written one: the kernel then waits in `needs_reference`.
         """
 
     def template_call(self, spec: KernelSpec) -> TemplateCall | None:
         """Return the call of a trace template whose answer may be trusted, if there is one."""
         return None
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """Return the kernel that a dumped call was of, by the call's own arguments."""
+        return None
+
+    def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
+        """Correct a definition that FlashInfer dumped from one of SGLang's calls.
+
+        Args:
+            template: the dumped definition, whose shapes may be misread; it stays as it is.
+            spec: the kernel that was called (`implied`).
+
+        Returns:
+            The corrected definition, and what was wrong with it.
+
+        Raises:
+            DefinitionError: it is wrong in a way that the call does not explain.
+        """
+        read = const_axes(template)
+        if read != spec.axes:
+            raise DefinitionError(f"axes: dumped {read}, called with {spec.axes}")
+        return template, ()
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """Turn a session's calls into candidate rows; calls of other APIs are passed over."""
@@ -330,6 +355,24 @@ class OpModule(ABC):
     def baseline(self, spec: KernelSpec) -> str | None:
         """Return the source of `run(...)` wrapping the FlashInfer API, if it can be wrapped."""
         return None
+
+
+class UnknownFamily(OpModule):
+    """An op type that no module knows."""
+
+    op_type = ""
+
+    def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
+        """None."""
+        return iter(())
+
+    def provider(self, spec: KernelSpec) -> NoKernel:
+        """Nothing known."""
+        return NoKernel(f"op type {spec.op_type!r} has no module", spec.op_type, "")
+
+    def definition(self, spec: KernelSpec) -> Json:
+        """Nothing known."""
+        return {}
 
 
 _REGISTRY: dict[str, OpModule] = {}

@@ -177,6 +177,135 @@ def run({arguments}):
     )
 """
 
+_TEST = '''\
+# Not 1/sqrt(head_size): the input must be what decides.
+SCALE = 0.3
+
+
+def tokens(generator, *rows):
+    """Return the inputs that every stage has; keys have length one, as the model makes them."""
+    keys, values, size = CONST["num_k_heads"], CONST["num_v_heads"], CONST["head_size"]
+    k = torch.nn.functional.normalize(torch.randn(*rows, keys, size, generator=generator), dim=-1)
+    return {
+        "q": random(generator, *rows, keys, size),
+        "k": k.to(torch.bfloat16),
+        "v": random(generator, *rows, values, size),
+        "A_log": random(generator, values, dtype="float32"),
+        "a": random(generator, *rows, values),
+        "dt_bias": random(generator, values, dtype="float32"),
+        "b": random(generator, *rows, values),
+    }
+
+
+def states(generator, *shape):
+    size = CONST["head_size"]
+    return random(generator, *shape, CONST["num_v_heads"], size, size, dtype="float32")
+
+
+def in_order(values):
+    return {name: values[name] for name in DEFINITION["inputs"]}
+
+
+def decode(count, state=True, scale=SCALE):
+    generator = seeded(count)
+    values = tokens(generator, count, 1)
+    return in_order(
+        {**values, "state": states(generator, count) if state else None, "scale": scale}
+    )
+
+
+def prefill(*lengths, scale=SCALE):
+    generator = seeded(len(lengths))
+    values = tokens(generator, sum(lengths))
+    # Not absent: nothing else says the number of sequences, which a constraint uses.
+    values["state"] = states(generator, len(lengths))
+    values["cu_seqlens"] = offsets(lengths, torch.int64)
+    return in_order({**values, "scale": scale})
+
+
+def mtp(drafted, slots, buffer=True, scale=SCALE):
+    generator, pool = seeded(drafted), len(slots) + 2
+    values = tokens(generator, len(slots), drafted)
+    values["initial_state"] = states(generator, pool)
+    values["initial_state_indices"] = torch.tensor(slots, dtype=torch.int32)
+    # What is in the scratch space must not matter.
+    values["intermediate_states_buffer"] = states(generator, pool, drafted) if buffer else None
+    return in_order({**values, "scale": scale})
+
+
+# A scale of 0 stands for 1/sqrt(head_size), an absent state for zeros.
+CASES = {
+    "decode": {
+        "four sequences": lambda: decode(4),
+        "no state, scale 0": lambda: decode(1, state=False, scale=0.0),
+    },
+    "prefill": {
+        "two sequences": lambda: prefill(1, 9),
+        "an empty sequence": lambda: prefill(2, 0, 3),
+        "scale 0": lambda: prefill(3, scale=0.0),
+    },
+    "mtp": {
+        "slots out of order": lambda: mtp(3, slots=[3, 0]),
+        "no buffer, scale 0": lambda: mtp(2, slots=[1], buffer=False, scale=0.0),
+    },
+}[VARIANT]
+
+
+def delta_rule(q, k, v, decay, beta, state):
+    """Return one sequence's output, before the scale, and its last state, without a recurrence.
+
+    With u_t = beta_t (v_t - g_t S_{t-1} k_t), the state is S_t = sum over s <= t of D_ts u_s k_s^T,
+    and D_t S_0, where D_ts is the decay from s to t and D_t that from the beginning. So all u
+    solve one triangular system, as in the papers' parallel form (arXiv 2406.06484, 2412.06464).
+    Tensors are [head, token, ...] and [head, value, key].
+    """
+    if v.shape[1] == 0:
+        return v, state
+    total = decay.log().cumsum(1)
+    between = (total[:, :, None] - total[:, None]).exp().tril()
+    since = total.exp()[..., None]
+    system = beta[..., None] * between * (k @ k.mT)
+    right = beta[..., None] * (v - since * (k @ state.mT))
+    # The diagonal is taken to be 1, whatever it is.
+    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    read = since * (q @ state.mT) + (between * (q @ k.mT)) @ u
+    return read, since[:, -1:] * state + (between[:, -1, :, None] * u).mT @ k
+
+
+def check(inputs, outputs, kernel):
+    q, k, v, a, b = (inputs[name].double() for name in "qkvab")
+    shared = v.shape[-2] // k.shape[-2]
+    q, k = (x.repeat_interleave(shared, dim=-2) for x in (q, k))
+    beta = 1 / (1 + (-b).exp())
+    # Softplus is log(1 + e^x), of which e^-exp(A_log) is a power.
+    decay = (1 + (a + inputs["dt_bias"].double()).exp()) ** -inputs["A_log"].double().exp()
+    parts = [q, k, v, decay, beta]
+    if VARIANT == "prefill":
+        lengths = inputs["cu_seqlens"].diff().tolist()
+        parts = [x.split(lengths) for x in parts]
+    given = inputs["initial_state" if VARIANT == "mtp" else "state"]
+    if given is None:
+        given = torch.zeros(len(parts[0]), v.shape[-2], v.shape[-1], k.shape[-1])
+    if VARIANT == "mtp":
+        # Which drafted tokens are kept is not known yet: the pool stays as it was.
+        assert torch.equal(outputs["final_state"], given)
+        given = given[inputs["initial_state_indices"].long()]
+    results = [
+        delta_rule(*(x.transpose(0, 1) for x in sequence), state)
+        for *sequence, state in zip(*parts, given.double(), strict=True)
+    ]
+    scale = inputs["scale"] or 1 / math.sqrt(CONST["head_size"])
+    join = torch.cat if VARIANT == "prefill" else torch.stack
+    expected = {"output": scale * join([read.transpose(0, 1) for read, _ in results])}
+    if VARIANT != "mtp":
+        expected["new_state"] = torch.stack([state for _, state in results])
+    # Sums of values as large as the largest ones. A kernel may use bfloat16 on the way, with which
+    # some roundings of 2^-8 add up.
+    for name, values in expected.items():
+        size = values.abs().max().item()
+        assert_close(outputs[name], values, kernel, loose=2.0**-6, size=size)
+'''
+
 _AXES = {
     "seq_len": "Tokens of each sequence.",
     "num_q_heads": "Query heads of one rank, as many as key heads.",
@@ -210,9 +339,10 @@ class _Stage:
     constraints: tuple[str, ...]
 
 
-def _api(path: str, *flags: str) -> FlashInferApi:
+def _api(path: str, *flags: str, former: tuple[str, ...] = ()) -> FlashInferApi:
     return FlashInferApi(
         path=path,
+        former=former,
         dumps=(path.rpartition(".")[2],),
         server_flags=(*_FLAGS, *flags),
         sglang_layer="python/sglang/srt/layers/attention/linear/kernels/gdn_flashinfer.py",
@@ -224,7 +354,10 @@ def _api(path: str, *flags: str) -> FlashInferApi:
 _STAGES = {
     "decode": _Stage(
         what="decode of one token",
-        api=_api("flashinfer.gdn_decode.gated_delta_rule_decode_pretranspose"),
+        api=_api(
+            "flashinfer.gdn_decode.gated_delta_rule_decode_pretranspose",
+            former=("flashinfer.gdn.gated_delta_rule_decode",),
+        ),
         body=_DECODE,
         baseline=_DECODE_BASELINE,
         rows=("batch_size", "seq_len"),
@@ -235,7 +368,10 @@ _STAGES = {
     ),
     "prefill": _Stage(
         what="prefill",
-        api=_api("flashinfer.gdn_prefill.chunk_gated_delta_rule"),
+        api=_api(
+            "flashinfer.gdn_prefill.chunk_gated_delta_rule",
+            former=("flashinfer.gdn.chunk_gated_delta_rule",),
+        ),
         body=_PREFILL,
         baseline=_PREFILL_BASELINE,
         rows=("total_seq_len",),
@@ -281,6 +417,7 @@ class Gdn(OpModule):
         for stage in _STAGES
     }
     apis = tuple(stage.api for stage in _STAGES.values())
+    reference_test = _TEST
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Linear attention of the models whose configs count its value heads."""

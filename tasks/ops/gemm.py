@@ -41,6 +41,38 @@ def run(A, B):
 """
 
 
+_TEST = """\
+# How far apart rows of B begin in the buffer that they all are windows of: B is as large as the
+# model's, and takes no time or memory to make. (Not 1, or a square B would be symmetric.)
+STEP = 3
+
+
+def rows(count):
+    generator, n, k = seeded(count), CONST["N"], CONST["K"]
+    a = random(generator, count, k, dtype="float16")
+    if count > 1:
+        a[-1] = 0
+    buffer = random(generator, STEP * (n - 1) + k, dtype="float16")
+    return {"A": a, "B": buffer.as_strided((n, k), (STEP, 1))}
+
+
+CASES = {"one row": lambda: rows(1), "three rows": lambda: rows(3)}
+
+
+def check(inputs, outputs, kernel):
+    a, b = inputs["A"].double(), inputs["B"]
+    # Multiplied by overlapping rows, A is correlated with the buffer: Fourier transforms do that.
+    buffer = b.as_strided((STEP * (len(b) - 1) + b.shape[1],), (1,)).double()
+    length = 1 << len(buffer).bit_length()
+    spectrum = torch.fft.rfft(buffer, length) * torch.fft.rfft(a, length).conj()
+    expected = torch.fft.irfft(spectrum, length)[:, : STEP * len(b) : STEP]
+    # Partial sums are as large as the largest results.
+    size = expected.abs().max().item()
+    # Kernels add up in float32 as well, only in another order.
+    assert_close(outputs["C"], expected, kernel, loose=2.0**-10, size=size)
+"""
+
+
 def _unpublished(model: ModelConfig) -> Iterator[Unmapped]:
     """Yield the linear layers that no definition is made for."""
     reason = "no GEMM definition is published for such projections"
@@ -66,6 +98,7 @@ class Gemm(OpModule):
 
     op_type = "gemm"
     names = {"gemm": "gemm_n{N}_k{K}"}
+    reference_test = _TEST
     any_architecture = True
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:

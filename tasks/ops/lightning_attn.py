@@ -61,11 +61,74 @@ def run(q, k, v, qo_indptr, state, slope):
 """
 
 
+_TEST = '''\
+def sequences(*lengths):
+    generator = seeded(len(lengths))
+    heads, size = CONST["num_heads"], CONST["head_dim"]
+    inputs = {name: random(generator, sum(lengths), heads, size) for name in "qkv"}
+    if VARIANT == "prefill":
+        inputs["qo_indptr"] = offsets(lengths)
+    inputs["state"] = 4 * random(generator, len(lengths), heads, size, size, dtype="float32")
+    # From heads that forget hardly anything to heads that forget most of it at once.
+    inputs["slope"] = torch.logspace(-2, 0.2, heads)
+    return inputs
+
+
+CASES = {
+    "decode": {
+        "three sequences": lambda: sequences(1, 1, 1),
+        "one sequence": lambda: sequences(1),
+    },
+    "prefill": {
+        "three sequences, one empty": lambda: sequences(1, 0, 11),
+        "one token": lambda: sequences(1),
+    },
+}[VARIANT]
+
+
+def attend(q, k, v, state, slope):
+    """Return one sequence's output and last state by the quadratic form, without a recurrence.
+
+    o_t = sum over s <= t of exp(-slope (t - s)) (q_t . k_s) v_s, and q_t times the initial state
+    decayed t + 1 times. Tensors are [head, token, ...] and [head, key, value].
+    """
+    length = v.shape[1]
+    passed = torch.arange(length + 1).double()
+    between = (-slope[:, None, None] * (passed[:-1, None] - passed[:-1])).exp().tril()
+    since = (-slope[:, None] * passed).exp()[..., None]
+    output = (between * (q @ k.mT)) @ v + since[:, 1:] * (q @ state)
+    left = since[:, :-1].flip(1)
+    return output, since[:, -1:] * state + (left * k).mT @ v
+
+
+def check(inputs, outputs, kernel):
+    lengths = [1] * len(inputs["state"])
+    if VARIANT == "prefill":
+        lengths = inputs["qo_indptr"].diff().tolist()
+    parts = [inputs[name].double().transpose(0, 1).split(lengths, dim=1) for name in "qkv"]
+    slope = inputs["slope"].double()
+    results = [
+        attend(q, k, v, state, slope)
+        for q, k, v, state in zip(*parts, inputs["state"].double(), strict=True)
+    ]
+    expected = {
+        "output": torch.cat([output for output, _ in results], dim=1).transpose(0, 1),
+        "new_state": torch.stack([state for _, state in results]),
+    }
+    # Sums of values as large as the largest ones. A kernel may use bfloat16 on the way, with which
+    # some roundings of 2^-8 add up.
+    for name, values in expected.items():
+        size = values.abs().max().item()
+        assert_close(outputs[name], values, kernel, loose=2.0**-6, size=size)
+'''
+
+
 @register
 class LightningAttention(OpModule):
     """`lightning_attn_{decode|prefill}_h{heads}_d{head_dim}`, heads sharded by tp."""
 
     op_type = "lightning_attn"
+    reference_test = _TEST
     names = {
         stage: f"lightning_attn_{stage}_h{{num_heads}}_d{{head_dim}}"
         for stage in ("decode", "prefill")

@@ -94,6 +94,69 @@ def run(state, x, dt, A, B, C, D, dt_bias, state_batch_indices):
     return output, new_state
 """
 
+_TEST = """\
+def batch(slots, pool):
+    generator = seeded(len(slots))
+    heads, groups, state = CONST["nheads"], CONST["ngroups"], CONST["dstate"]
+    rows = (len(slots), heads, CONST["head_dim"])
+    # One value per head, which is all that FlashInfer's kernel takes.
+    dt = 2 * random(generator, len(slots), heads, 1)
+    rate = -2 * torch.rand(heads, 1, 1, generator=generator)
+    share, bias = random(generator, heads, 1), random(generator, heads, 1)
+    return {
+        "state": random(generator, pool, *rows[1:], state),
+        "x": random(generator, *rows),
+        "dt": dt.expand(rows),
+        "A": rate.expand(*rows[1:], state),
+        "B": random(generator, len(slots), groups, state),
+        "C": random(generator, len(slots), groups, state),
+        "D": share.expand(rows[1:]),
+        "dt_bias": bias.expand(rows[1:]),
+        "state_batch_indices": torch.tensor(slots, dtype=torch.int32),
+    }
+
+
+CASES = {
+    # -1 is padding.
+    "slots out of order": lambda: batch([3, -1, 0, 4], pool=5),
+    "one sequence": lambda: batch([0], pool=1),
+}
+
+
+def check(inputs, outputs, kernel):
+    slots = inputs["state_batch_indices"].tolist()
+    output = torch.zeros(inputs["x"].shape, dtype=torch.float64)
+    states = {}
+    for i, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        # Head h belongs to group h * ngroups // nheads.
+        groups = torch.arange(CONST["nheads"]) * CONST["ngroups"] // CONST["nheads"]
+        b, c = (inputs[name][i, groups].double() for name in "BC")
+        x, dt = inputs["x"][i].double(), inputs["dt"][i].double()
+        # The logarithm of e^0 + e^x, as softplus is defined.
+        step = torch.logaddexp(dt + inputs["dt_bias"].double(), torch.zeros(()).double())
+        # e^(A step) once for a head: every element of it has the same.
+        kept = (inputs["A"][:, 0, 0].double() * step[:, 0]).exp()
+        states[slot] = torch.baddbmm(
+            kept[:, None, None] * inputs["state"][slot].double(),
+            (step * x)[:, :, None],
+            b[:, None],
+        )
+        output[i] = (states[slot] @ c[:, :, None])[..., 0] + inputs["D"].double() * x
+    # Sums of values as large as the largest ones; states are bfloat16 too. A kernel may round the
+    # step or the decay to bfloat16, of which some roundings of 2^-8 add up.
+    size = output.abs().max().item()
+    assert_close(outputs["output"], output, kernel, loose=2.0**-6, size=size)
+    padding = [i for i, slot in enumerate(slots) if slot < 0]
+    assert not outputs["output"][padding].any()
+    for slot, state in states.items():
+        size = state.abs().max().item()
+        assert_close(outputs["new_state"][slot], state, kernel, loose=2.0**-6, size=size)
+    unused = [slot for slot in range(len(inputs["state"])) if slot not in states]
+    assert torch.equal(outputs["new_state"][unused], inputs["state"][unused])
+"""
+
 _AXES = {
     "nheads": "Heads of one rank.",
     "head_dim": "Dimension of one head.",
@@ -108,6 +171,7 @@ class MambaSsu(OpModule):
 
     op_type = "mamba_ssu"
     names = {"decode": "mamba_ssu_decode_h{nheads}_d{head_dim}_s{dstate}_ng{ngroups}"}
+    reference_test = _TEST
     apis = (
         FlashInferApi(
             path="flashinfer.mamba.selective_state_update",

@@ -260,6 +260,256 @@ _EXPERTS = """\
 """
 
 
+_TEST = '''\
+# How far apart experts, and rows of a weight matrix, begin in the buffer that they are windows of:
+# the weights are as many as the model's, differ, and take no time or memory to make.
+EXPERT, STEP = 1001, 3
+BLOCK = 128
+HIDDEN, WIDTH = CONST["hidden_size"], CONST["intermediate_size"]
+EXPERTS = CONST.get("num_experts", CONST.get("num_local_experts"))
+LOCAL = CONST.get("num_local_experts", EXPERTS)
+TOP_K = CONST.get("top_k", CONSTANTS.get("top_k"))
+ROUTING = "precomputed" if VARIANT == "fp4_block_scale_routed" else CONSTANTS["routing"]
+# A rank in the middle, where there are several.
+OFFSET = EXPERTS // LOCAL // 2 * LOCAL
+
+
+def scattered(size, count):
+    """Return some of the numbers below `size`, the first and the last among them."""
+    return [i * (size - 1) // max(1, count - 1) for i in range(min(size, count))]
+
+
+def logits(generator, count):
+    """Return logits by which tokens choose all but one of a few experts.
+
+    Each expert that any token chooses costs time. All differ, or the choice would not be unique.
+    """
+    values = -2 - torch.rand(count, EXPERTS, generator=generator)
+    few = scattered(EXPERTS, TOP_K + 1)
+    for row in values:
+        row[few] = torch.randperm(len(few), generator=generator) / 4 - 0.5
+    return values.to(torch.bfloat16)
+
+
+def grouped_logits(generator, count):
+    """Return the same for experts in groups, a few in each and this rank's first and last."""
+    groups, kept = CONSTANTS["n_group"], CONSTANTS["topk_group"]
+    size, rank = EXPERTS // groups, slice(OFFSET, OFFSET + LOCAL)
+    values = -3 - torch.rand(count, EXPERTS, generator=generator)
+    few = scattered(size, math.ceil(TOP_K / kept) + 1)
+    chosen = [group * size + expert for group in range(groups) for expert in few]
+    chosen = sorted({*chosen, OFFSET, OFFSET + LOCAL - 1})
+    values[:, chosen] = 0.5 + 2 * torch.rand(count, len(chosen), generator=generator)
+    if LOCAL < EXPERTS:
+        # The first token's experts are this rank's, as far as they can be, the last one's not.
+        values[0, rank] += 2
+        values[-1, rank] = -4 - torch.rand(LOCAL, generator=generator)
+    return values
+
+
+def packed(generator, count):
+    """Return experts and weights of both signs; one expert is chosen twice."""
+    few = torch.tensor(scattered(EXPERTS, TOP_K + 1))
+    order = torch.rand(count, len(few), generator=generator).argsort(dim=1)[:, :TOP_K]
+    experts = few[order].int()
+    experts[0, -1] = experts[0, 0]
+    bits = random(generator, count, TOP_K).view(torch.int16).int() & 0xFFFF
+    return experts << 16 | bits
+
+
+def routing(generator, count):
+    if ROUTING == "precomputed":
+        return {"topk_ids": packed(generator, count)}
+    if ROUTING != "ds_routing":
+        return {"routing_logits": logits(generator, count)}
+    # Biased scores are negative too; the bias matters as much as the score.
+    bias = 0.2 * torch.rand(EXPERTS, generator=generator) - 1
+    return {
+        "routing_logits": grouped_logits(generator, count),
+        "routing_bias": bias.to(torch.bfloat16),
+    }
+
+
+def matrices(generator, rows, columns, dtype, factor=1.0):
+    length = EXPERT * (LOCAL - 1) + STEP * (rows - 1) + columns
+    buffer = (factor * torch.randn(length, generator=generator)).to(getattr(torch, dtype))
+    return buffer.as_strided((LOCAL, rows, columns), (EXPERT, STEP, 1))
+
+
+def scales(generator, *shape, terms=1):
+    """Return scales that keep sums of so many terms near 1, where SwiGLU is bent most."""
+    return (0.5 + torch.rand(*shape, generator=generator)) / math.sqrt(terms)
+
+
+def tokens(count):
+    generator = seeded(count)
+    inputs = routing(generator, count)
+    if VARIANT.startswith("fp4"):
+        inputs["hidden_states"] = random(generator, count, HIDDEN)
+        for name, rows, columns in (("gemm1", 2 * WIDTH, HIDDEN), ("gemm2", HIDDEN, WIDTH)):
+            weights = matrices(generator, rows, columns, "float32", 1 / math.sqrt(columns))
+            inputs[f"{name}_weights"] = weights
+    else:
+        fp8 = "float8_e4m3fn"
+        inputs["hidden_states"] = random(generator, count, HIDDEN, dtype=fp8)
+        if VARIANT == "fp8_block_scale":
+            inputs["hidden_states_scale"] = scales(generator, HIDDEN // BLOCK, count)
+        inputs["gemm1_weights"] = matrices(generator, 2 * WIDTH, HIDDEN, fp8)
+        if VARIANT == "fp8_block_scale":
+            blocks = (LOCAL, 2 * WIDTH // BLOCK, HIDDEN // BLOCK)
+            inputs["gemm1_weights_scale"] = scales(generator, *blocks, terms=HIDDEN)
+        else:
+            for name in ("output1_scales_scalar", "output1_scales_gate_scalar"):
+                inputs[name] = scales(generator, LOCAL, terms=HIDDEN)
+        inputs["gemm2_weights"] = matrices(generator, HIDDEN, WIDTH, fp8)
+        if VARIANT == "fp8_block_scale":
+            blocks = (LOCAL, HIDDEN // BLOCK, WIDTH // BLOCK)
+            inputs["gemm2_weights_scale"] = scales(generator, *blocks, terms=WIDTH)
+        else:
+            inputs["output2_scales_scalar"] = scales(generator, LOCAL, terms=WIDTH)
+    if ROUTING == "ds_routing":
+        inputs["local_expert_offset"] = OFFSET
+        inputs["routed_scaling_factor"] = 2.5
+    if ROUTING == "llama4":
+        # Taken and not used.
+        inputs["routing_bias"] = random(generator, EXPERTS)
+    return inputs
+
+
+if ROUTING == "ds_routing" and LOCAL < EXPERTS:
+    CASES = {
+        "three tokens": lambda: tokens(3),
+        "one token, its experts elsewhere": lambda: tokens(1),
+    }
+elif ROUTING == "ds_routing":
+    # All chosen experts are here, and as many as a test has time for.
+    CASES = {"two tokens": lambda: tokens(2)}
+else:
+    CASES = {"three tokens": lambda: tokens(3)}
+    # So alone only where its experts are small.
+    if TOP_K * HIDDEN * WIDTH < 2e7:
+        CASES["one token"] = lambda: tokens(1)
+
+
+def largest(values, count):
+    """Return where the largest of some values are."""
+    return sorted(values, key=values.get, reverse=True)[:count]
+
+
+def chosen_by_groups(row, bias):
+    """Route as DeepSeek-V3 does (arXiv 2412.19437, section 2.1.2): expert -> weight.
+
+    Experts are chosen by their biased scores out of the groups whose two best add up to most, and
+    weighted by their scores without the bias.
+    """
+    scores = [1 / (1 + math.exp(-value)) for value in row]
+    biased = [score + b for score, b in zip(scores, bias, strict=True)]
+    size = EXPERTS // CONSTANTS["n_group"]
+    marks = {
+        first: sum(sorted(biased[first : first + size])[-2:]) for first in range(0, EXPERTS, size)
+    }
+    kept = largest(marks, CONSTANTS["topk_group"])
+    experts = {first + i: biased[first + i] for first in kept for i in range(size)}
+    chosen = largest(experts, TOP_K)
+    total = sum(scores[expert] for expert in chosen)
+    return {expert: scores[expert] / total for expert in chosen}
+
+
+def unpacked(row):
+    """Expert -> weight; the lower 16 bits are a bfloat16: sign, 8 bits of exponent, 7 of fraction.
+
+    The weights of an expert that is chosen twice add up.
+    """
+    weights = {}
+    for value in row:
+        expert, bits = divmod(value, 1 << 16)
+        weight = (1 + (bits & 127) / 128) * 2.0 ** ((bits >> 7 & 255) - 127)
+        weights[expert] = weights.get(expert, 0.0) + (-weight if bits >> 15 else weight)
+    return weights
+
+
+def routes(inputs):
+    """Return each token's expert -> weight, by sorting numbers."""
+    if ROUTING == "precomputed":
+        return [unpacked(row) for row in inputs["topk_ids"].tolist()]
+    rows = inputs["routing_logits"].double().tolist()
+    if ROUTING == "ds_routing":
+        bias = inputs["routing_bias"].double().tolist()
+        factor = inputs["routed_scaling_factor"]
+        chosen = [chosen_by_groups(row, bias) for row in rows]
+        return [{expert: factor * w for expert, w in row.items()} for row in chosen]
+    found = []
+    for row in rows:
+        chosen = largest(dict(enumerate(row)), TOP_K)
+        if ROUTING == "llama4":
+            found.append({expert: 1 / (1 + math.exp(-row[expert])) for expert in chosen})
+            continue
+        # A softmax over all experts, or over the chosen ones.
+        among = range(EXPERTS) if ROUTING == "default" else chosen
+        total = sum(math.exp(row[expert]) for expert in among)
+        found.append({expert: math.exp(row[expert]) / total for expert in chosen})
+    return found
+
+
+def product(x, weights, scale=None):
+    """Return x @ weights.T, the blocks of the weights multiplied by `scale`.
+
+    Multiplied by overlapping rows, x is correlated with their buffer: Fourier transforms do that,
+    for each block of columns, without a matrix.
+    """
+    rows, columns = weights.shape
+    blocks = 1 if scale is None else columns // BLOCK
+    width = columns // blocks
+    length = STEP * (rows - 1) + width
+    buffers = weights.as_strided((blocks, length), (width, 1)).double()
+    parts = x.unflatten(1, (blocks, width)).transpose(0, 1)
+    padded = 1 << length.bit_length()
+    spectrum = torch.fft.rfft(buffers, padded)[:, None] * torch.fft.rfft(parts, padded).conj()
+    sums = torch.fft.irfft(spectrum, padded)[..., : STEP * rows : STEP]
+    if scale is not None:
+        sums = sums * scale.double().t().repeat_interleave(BLOCK, dim=1)[:, None]
+    return sums.sum(dim=0)
+
+
+def expert_output(inputs, expert, x):
+    """Apply one expert's SwiGLU layer; the upper half of the first matrix is not the gate."""
+    scale1 = scale2 = None
+    if VARIANT == "fp8_block_scale":
+        scale1, scale2 = (inputs[f"{name}_weights_scale"][expert] for name in ("gemm1", "gemm2"))
+    up, gate = product(x, inputs["gemm1_weights"][expert], scale1).split(WIDTH, dim=1)
+    if VARIANT == "fp8_per_tensor":
+        up = up * inputs["output1_scales_scalar"][expert].double()
+        gate = gate * inputs["output1_scales_gate_scalar"][expert].double()
+    output = product(gate / (1 + (-gate).exp()) * up, inputs["gemm2_weights"][expert], scale2)
+    if VARIANT == "fp8_per_tensor":
+        output = output * inputs["output2_scales_scalar"][expert].double()
+    return output
+
+
+def check(inputs, outputs, kernel):
+    x = inputs["hidden_states"].double()
+    if VARIANT == "fp8_block_scale":
+        scale = inputs["hidden_states_scale"].double()
+        x = (x.unflatten(1, (-1, BLOCK)) * scale.t()[..., None]).flatten(1)
+    chosen = routes(inputs)
+    expected = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
+    for expert in range(LOCAL):
+        weight = [row.get(OFFSET + expert, 0.0) for row in chosen]
+        if any(weight):
+            weight = torch.tensor(weight).double()[:, None]
+            if ROUTING == "llama4":
+                # The weight scales the expert's input.
+                expected += expert_output(inputs, expert, weight * x)
+            else:
+                expected += weight * expert_output(inputs, expert, x)
+    # Two products after each other, whose terms cancel to far below the largest result. A kernel
+    # quantises what is between them, to 8 bits of which 3 are fraction: each value is off by up
+    # to 2^-4, their sum by less.
+    size = expected.abs().max().item()
+    assert_close(outputs["output"], expected, kernel, loose=2.0**-4, size=size)
+'''
+
+
 def _routing(model: ModelConfig, moe: Moe) -> _Routing | str:
     """Return how the model routes, or why no kernel here routes so."""
     fields, model_type = model.fields, model.model_type
@@ -324,7 +574,12 @@ _APIS = {
 
 @register
 class FusedMoe(OpModule):
-    """Block-scaled FP8, block-scaled FP4 (with and without routing) and per-tensor FP8."""
+    """Block-scaled FP8, block-scaled FP4 (with and without routing) and per-tensor FP8.
+
+    No trace template is taken: the one whose schema is ours (DeepSeek's routing) dequantises all
+    experts before it routes, for which the sizes of DeepSeek-V3 want more than 8 GB; the others
+    take a bias that their models do not have.
+    """
 
     op_type = "moe"
     names = {
@@ -339,6 +594,7 @@ class FusedMoe(OpModule):
         },
     }
     apis = tuple(_APIS.values())
+    reference_test = _TEST
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[Requirement]:
         """The precisions whose routing and shapes the model has."""

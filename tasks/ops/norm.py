@@ -125,6 +125,14 @@ def check(inputs, outputs, kernel):
 """
 
 
+def _stated_eps(reference: str) -> float | None:
+    stated = re.search(r"^\s*EPS = (\S+)$", reference, re.MULTILINE)
+    try:
+        return float(stated[1]) if stated else None
+    except ValueError:
+        return None
+
+
 def _api(function: str) -> FlashInferApi:
     return FlashInferApi(
         path=f"flashinfer.norm.{function}",
@@ -200,15 +208,26 @@ class RmsNorm(OpModule):
         said: Mapping[str, int | str],
     ) -> KernelSpec:
         """Epsilon is no axis: the reference has it, as the number `EPS`."""
-        stated = re.search(r"^\s*EPS = (\S+)$", definition["reference"], re.MULTILINE)
-        try:
-            eps = float(stated[1]) if stated else None
-        except ValueError:
-            eps = None
+        eps = _stated_eps(definition["reference"])
         if eps is None:
             raise DefinitionError(f"{definition['name']}: its reference states no EPS")
         spec = super().restored(definition, variant, axes, said)
         return spec.model_copy(update={"constants": {"eps": eps}})
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the width of the rows and the epsilon it was called with."""
+        hidden, eps = call.tensors.get("input"), call.values.get("eps")
+        if call.name not in self.names or hidden is None or not isinstance(eps, float):
+            return None
+        return self._spec(call.name, hidden.shape[-1], eps, "a dumped call's input")
+
+    def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
+        """The template's epsilon is its own, whatever the call's was."""
+        template, corrected = super().as_called(template, spec)
+        baked, called = _stated_eps(str(template.get("reference"))), spec.constants["eps"]
+        if baked not in (None, called):
+            corrected = (*corrected, f"epsilon {baked:g} of the template, called with {called:g}")
+        return template, corrected
 
     def provider(self, spec: KernelSpec) -> FlashInferApi:
         """FlashInfer's norm functions, which SGLang reaches through sglang-kernel."""

@@ -91,11 +91,54 @@ def run(q, k, cos_sin_cache, positions):
 """
 
 
+_TEST = '''\
+def tokens(positions, heads, kv_heads):
+    generator, rotary = seeded(len(positions)), CONST["rotary_dim"]
+    frequencies = 10000.0 ** -torch.arange(0, 1, 2 / rotary, dtype=torch.float64)
+    angles = torch.arange(max(positions) + 1)[:, None] * frequencies
+    return {
+        "q": random(generator, len(positions), heads, CONST["head_size"]),
+        "k": random(generator, len(positions), kv_heads, CONST["head_size"]),
+        "cos_sin_cache": torch.cat([angles.cos(), angles.sin()], dim=1).float(),
+        "positions": torch.tensor(positions),
+    }
+
+
+CASES = {
+    "positions out of order": lambda: tokens([0, 5, 5, 4000, 1, 3999], heads=8, kv_heads=2),
+    "one token": lambda: tokens([17], heads=1, kv_heads=1),
+}
+
+
+def rotated(x, turns):
+    """Multiply each pair, a complex number, by e^(i angle)."""
+    if VARIANT == "neox":
+        # The elements of a pair are half the rotary dimension apart.
+        turned = torch.complex(*x.chunk(2, dim=-1)) * turns
+        return torch.cat([turned.real, turned.imag], dim=-1)
+    # They are neighbours.
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+
+
+def check(inputs, outputs, kernel):
+    rotary = CONST["rotary_dim"]
+    cache = inputs["cos_sin_cache"][inputs["positions"]].double()
+    turns = torch.complex(*cache.chunk(2, dim=1))[:, None]
+    for name in ("q", "k"):
+        output, x = outputs[f"{name}_out"], inputs[name]
+        # Sums of two products below 10.
+        expected = rotated(x[..., :rotary].double().contiguous(), turns)
+        assert_close(output[..., :rotary], expected, kernel, loose=2.0**-6)
+        assert torch.equal(output[..., rotary:], x[..., rotary:])
+'''
+
+
 @register
 class Rope(OpModule):
     """`rope_with_cos_sin_cache_{neox|gptj}_style_d{head_dim}_rd{rotary_dim}`; not sharded."""
 
     op_type = "rope"
+    reference_test = _TEST
     names = {
         style: f"rope_with_cos_sin_cache_{style}_style_d{{head_size}}_rd{{rotary_dim}}"
         for style in _PAIRS

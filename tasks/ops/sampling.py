@@ -85,6 +85,111 @@ def run(probs, {arguments}):
 """
 
 
+_TEST = '''\
+# Probabilities in 64ths, most likely first: two near-even ones, and one that nearly decides.
+EVEN, FLAT, STEEP = (21, 20, 17, 4, 2), (19, 18, 16, 11), (61, 3)
+VOCABULARY = CONST["vocab_size"]
+# Probabilities, top-k, top-p and how many rows draw so. Most filters leave two tokens about as
+# likely as each other, and out a third that would be drawn often.
+# No top-p is a sum of the probabilities: there FlashInfer's own references differ from its kernels.
+SETTINGS = {
+    "top_k_sampling_from_probs": {
+        "filters": [(EVEN, 2, None, 14), (FLAT, 2, None, 10), (FLAT, 1, None, 2)],
+        # 0, and as many as the vocabulary or more, filter nothing.
+        "no filters": [
+            (EVEN, 0, None, 14),
+            (STEEP, VOCABULARY, None, 12),
+            (STEEP, VOCABULARY + 11, None, 12),
+        ],
+    },
+    "top_p_sampling_from_probs": {
+        "filters": [(EVEN, None, 0.5, 14), (FLAT, None, 0.55, 10), (FLAT, None, 0.25, 2)],
+        # 0 leaves the most likely token.
+        "no filters": [(STEEP, None, 1.0, 24), (EVEN, None, 1.0, 14), (EVEN, None, 0.0, 3)],
+    },
+    "top_k_top_p_sampling_from_probs": {
+        "filters": [
+            # Top-p sees what top-k has left and made to add up to 1: otherwise 3 tokens stay.
+            (EVEN, 3, 0.7, 12),
+            (FLAT, 2, 0.95, 6),
+            (FLAT, 4, 0.55, 6),
+            # Otherwise 2.
+            (EVEN, 2, 0.45, 3),
+        ],
+        "no filters": [
+            (EVEN, 0, 1.0, 14),
+            (STEEP, VOCABULARY, 1.0, 12),
+            (STEEP, VOCABULARY + 11, 1.0, 12),
+            (FLAT, 0, 0.55, 2),
+            (EVEN, 3, 0.0, 3),
+        ],
+    },
+}[VARIANT]
+
+
+def draws(settings):
+    rows = [(masses, k, p) for masses, k, p, count in settings for _ in range(count)]
+    probs = torch.zeros(len(rows), VOCABULARY)
+    for row, (masses, _, _) in enumerate(rows):
+        # Scattered, the first and the last token among them; no two rows have the same ones.
+        places = [VOCABULARY // 3 + row, VOCABULARY - 1, 0, VOCABULARY // 2 - row, 1 + row]
+        probs[row, places[: len(masses)]] = torch.tensor(masses) / 64
+    inputs = {"probs": probs}
+    if "top_k" in DEFINITION["inputs"]:
+        inputs["top_k"] = torch.tensor([k for _, k, _ in rows], dtype=torch.int32)
+    if "top_p" in DEFINITION["inputs"]:
+        inputs["top_p"] = torch.tensor([p for _, _, p in rows])
+    torch.manual_seed(11)
+    return inputs
+
+
+CASES = {
+    "filters": lambda: draws(SETTINGS["filters"]),
+    "no filters": lambda: draws(SETTINGS["no filters"]),
+}
+
+
+def remaining(row, k, p):
+    """Return the tokens that may be drawn and their probabilities, most likely first."""
+    ranked = sorted(((row[token].item(), token) for token in row.nonzero()[:, 0].tolist()))[::-1]
+    ranked = ranked[:k] if k else ranked
+    whole = sum(mass for mass, _ in ranked)
+    nucleus = ranked[:1]
+    while sum(mass for mass, _ in nucleus) < p * whole:
+        nucleus.append(ranked[len(nucleus)])
+    whole = sum(mass for mass, _ in nucleus)
+    return {token: mass / whole for mass, token in nucleus}
+
+
+def divergence(share, expected):
+    """Return how unlikely a share is, the Kullback-Leibler divergence of two yes or no's."""
+    pairs = ((share, expected), (1 - share, 1 - expected))
+    return sum(a * math.log(a / b) for a, b in pairs if a)
+
+
+def check(inputs, outputs, kernel):
+    rows = len(inputs["probs"])
+    top_k, top_p = inputs.get("top_k", [0] * rows), inputs.get("top_p", [1.0] * rows)
+    # Whether each row drew its most likely token, and how likely that was, by about how likely.
+    drawn = {}
+    samples = outputs["samples"].tolist()
+    for row, k, p, sample in zip(inputs["probs"], top_k, top_p, samples, strict=True):
+        stays = remaining(row, int(k), float(p))
+        assert sample in stays, f"token {sample} was filtered out, {stays} were not"
+        first = next(iter(stays))
+        if len(stays) > 1:
+            kind = "nearly sure" if stays[first] > 0.9 else "even"
+            drawn.setdefault(kind, []).append((sample == first, stays[first]))
+    for kind, pairs in drawn.items():
+        shares = [sum(values) / len(pairs) for values in zip(*pairs, strict=True)]
+        # By Chernoff's bound (Hoeffding 1963, theorem 1) n draws diverge so far with probability
+        # at most 2 e^-12: one correct sampler in 80,000 fails, and the seed is fixed. Half of the
+        # tokens never drawn, or all drawn alike, diverge further.
+        distance = len(pairs) * divergence(*shares)
+        assert distance < 12, f"{kind}: the likelier token has a share of {shares}"
+'''
+
+
 def _api(function: str) -> FlashInferApi:
     return FlashInferApi(
         path=f"flashinfer.sampling.{function}",
@@ -102,6 +207,7 @@ class Sampling(OpModule):
     names = {variant: f"{variant}_v{{vocab_size}}" for variant in _FILTERS}
     any_architecture = True
     apis = tuple(_api(variant) for variant in _FILTERS)
+    reference_test = _TEST
 
     def required(self, model: ModelConfig, serving: Serving) -> Iterator[KernelSpec]:
         """The three filters over the model's vocabulary."""
@@ -152,6 +258,15 @@ class Sampling(OpModule):
             + "".join(steps[name] for name in filters)
             + _TAIL,
         }
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the width of the probabilities."""
+        probs = call.tensors.get("probs")
+        if call.name not in self.names or probs is None or len(probs.shape) != 2:
+            return None
+        axes = {"vocab_size": probs.shape[1]}
+        name = self.name_of(call.name, axes)
+        return KernelSpec(name=name, op_type=self.op_type, variant=call.name, axes=axes)
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per call; the thresholds are stored, the probabilities are activations."""

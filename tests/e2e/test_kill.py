@@ -20,7 +20,7 @@ FAULTS = {
     0: "import tasks.repos.clone as m; m.git.short_sha = die; m.Path.rename = die",
     1: "import tasks.manifest as m; m.merge_discovery = die",
     2: (
-        "import tasks.define.draft as m; stage = m.stage_definition\n"
+        "import tasks.define.phase as m; stage = m.stage_definition\n"
         "def f(*a): stage(*a); die()\n"
         "m.stage_definition = f"
     ),

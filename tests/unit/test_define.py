@@ -1,4 +1,4 @@
-"""Definitions: the repair rules one by one, the structural check, and drafting for real."""
+"""Definitions: the structural check, and drafting for real."""
 
 from __future__ import annotations
 
@@ -9,87 +9,21 @@ from typing import Any
 import pytest
 
 from tasks import ops, sandbox
-from tasks.define import draft, repair
+from tasks.define import draft, phase
 from tasks.define.check import check_definition
-from tasks.define.draft import draft_definitions, stage_definition
+from tasks.define.compare import differences
+from tasks.define.draft import (
+    Draft,
+    Order,
+    draft_definitions,
+    read_draft,
+    stage_definition,
+)
+from tasks.define.reference_test import render
 from tasks.errors import DefinitionError, InputError
 from tasks.manifest import KernelEntry
 from tests.unit.test_collect import definition_of
 from tests.unit.test_ops import PUBLISHED, specs
-
-TEMPLATE = {
-    "name": "fused",
-    "op_type": "rmsnorm",
-    "tags": ["fi_api:flashinfer.norm.fused_add_rmsnorm"],
-    "axes": {
-        "batch_size": {"type": "var"},
-        "hidden_size": {"type": "const", "value": 2048},
-        "unused": {"type": "var"},
-    },
-    "inputs": {
-        "weight": {"shape": ["hidden_size"], "dtype": "bfloat16", "optional": True},
-        "x": {"shape": ["batch_size", "hidden_size"], "dtype": "bfloat16", "param": "input"},
-        "return_lse": {"shape": None, "dtype": "int32", "optional": True},
-    },
-    "outputs": {
-        "y": {"shape": ["batch_size", "hidden_size"], "dtype": "bfloat16"},
-        "x": {"shape": ["batch_size", "hidden_size"], "dtype": "bfloat16"},
-    },
-    "reference": (
-        "import torch\n\ndef _helper_reference(x):\n    return x\n\n@torch.no_grad()\n"
-        "def _norm_reference(x, weight):\n    return _helper_reference(x) * weight\n"
-    ),
-    "check": "...",
-    "init": "...",
-}
-
-
-def test_reference_is_renamed_and_helpers_are_kept() -> None:
-    source, parameters = repair.rename_reference(str(TEMPLATE["reference"]))
-    assert "def run(x, weight):" in source
-    assert "def _helper_reference(x):" in source
-    assert "_norm_reference" not in source
-    assert parameters == ["x", "weight"]
-
-
-def test_inputs_are_those_of_the_reference_in_its_order() -> None:
-    kept = repair.keep_inputs(TEMPLATE["inputs"], ["x", "weight"])
-    assert list(kept) == ["x", "weight"]
-    assert kept["x"] == {"shape": ["batch_size", "hidden_size"], "dtype": "bfloat16"}
-    with pytest.raises(DefinitionError, match="the reference takes z"):
-        repair.keep_inputs(TEMPLATE["inputs"], ["z"])
-
-
-def test_outputs_written_in_place_are_dropped_but_not_all() -> None:
-    assert list(repair.keep_outputs(TEMPLATE["outputs"], {"x": {}})) == ["y"]
-    with pytest.raises(DefinitionError, match="all are inputs written in place"):
-        repair.keep_outputs(TEMPLATE["outputs"], {"x": {}, "y": {}})
-
-
-def test_axes_are_those_shapes_use() -> None:
-    kept = repair.keep_axes(TEMPLATE["axes"], TEMPLATE["inputs"], TEMPLATE["outputs"])
-    assert list(kept) == ["batch_size", "hidden_size"]
-    with pytest.raises(DefinitionError, match="shapes use other, not declared"):
-        repair.keep_axes({}, {"x": {"shape": ["other"]}}, {})
-
-
-def test_const_axes_must_be_the_computed_ones() -> None:
-    spec = specs("Qwen--Qwen3-30B-A3B")["fused_add_rmsnorm_h2048"]
-    repair.check_constants(TEMPLATE["axes"], spec)
-    wrong = {"hidden_size": {"type": "const", "value": 128}}
-    with pytest.raises(DefinitionError, match="read {'hidden_size': 128}, computed are"):
-        repair.check_constants(wrong, spec)
-
-
-@pytest.mark.parametrize(
-    "damage", [{"reference": ""}, {"reference": "def f("}, {"inputs": None}, {"axes": {}}]
-)
-def test_unusable_template_is_a_typed_error(damage: dict[str, Any]) -> None:
-    spec = specs("Qwen--Qwen3-30B-A3B")["fused_add_rmsnorm_h2048"]
-    own = ops.op_module("rmsnorm").definition(spec)
-    with pytest.raises(DefinitionError):
-        repair.repair({**TEMPLATE, **damage}, spec, own)
-
 
 BIAS_OUT_OF_ORDER = {
     f"trtllm_{kind}_moe_topk1_{experts}_h5120_i8192"
@@ -143,65 +77,55 @@ def test_wrong_definition_names_its_field(change: dict[str, Any], message: str) 
     assert message in str(caught.value)
 
 
-def entries(config: str) -> list[KernelEntry]:
-    return [
-        KernelEntry(
-            definition_name=spec.name,
-            op_type=spec.op_type,
-            phase1_status="new",
-            fi_trace_template=True,
-            spec=spec.model_dump(mode="json"),
-        )
-        for spec in specs(config).values()
-    ]
+def orders(config: str) -> list[Order]:
+    return [Order(spec=spec) for spec in specs(config).values()]
+
+
+def stage(order: Order, drafts: Path, dataset: Path) -> Draft:
+    return stage_definition(order.spec.name, order.spec.op_type, drafts, dataset)
 
 
 @pytest.mark.bench_extra
 def test_drafts_of_a_whole_model_equal_the_published_definitions(tmp_path: Path) -> None:
     """All kernels of Qwen3-30B-A3B are published; templates are called for real, without a GPU."""
-    kernels = entries("Qwen--Qwen3-30B-A3B")
+    kernels = orders("Qwen--Qwen3-30B-A3B")
     draft_definitions(kernels, "qwen3-30b-a3b", tmp_path)
     methods = {}
-    for entry in kernels:
-        made = stage_definition(entry, tmp_path, tmp_path / "dataset")
-        definition, theirs = made["definition"], PUBLISHED[entry.definition_name]
-        methods[entry.definition_name] = made["method"]
-        for part in ("inputs", "outputs"):
-            ours = {k: (v["shape"], v["dtype"]) for k, v in definition[part].items()}
-            assert ours == {k: (v["shape"], v["dtype"]) for k, v in theirs[part].items()}
-            assert list(definition[part]) == list(theirs[part])
-        assert {k: v.get("value") for k, v in definition["axes"].items()} == {
-            k: v.get("value") for k, v in theirs["axes"].items()
-        }
-        assert sorted(definition.get("constraints", [])) == sorted(theirs.get("constraints", []))
-        assert "model:qwen3-30b-a3b" in definition["tags"]
-        # Two published files name the wrapper by FlashInfer's top level; the others by module.
-        if "gqa_paged_prefill" not in entry.definition_name:
-            api = [tag for tag in theirs["tags"] if tag.startswith("fi_api:")]
-            assert [tag for tag in definition["tags"] if tag.startswith("fi_api:")] == api
+    for order in kernels:
+        name = order.spec.name
+        made = stage(order, tmp_path, tmp_path / "dataset")
+        methods[name] = made.method
+        assert made.proof, name
+        # One published file names the wrapper by FlashInfer's top level.
+        differ = [d.field for d in differences(made.definition, PUBLISHED[name])]
+        assert differ in ([], ["tags.fi_api"]), name
+        assert "model:qwen3-30b-a3b" in made.definition["tags"]
     templated = {name for name, method in methods.items() if method == "trace_template"}
     assert templated == {
         "fused_add_rmsnorm_h2048",
         "rmsnorm_h2048",
         "rmsnorm_h128",
         "gqa_paged_decode_h32_kv4_d128_ps1",
+        "gqa_paged_decode_h32_kv4_d128_ps64",
         "gqa_paged_prefill_causal_h32_kv4_d128_ps1",
+        "gqa_paged_prefill_causal_h32_kv4_d128_ps64",
         "gqa_ragged_prefill_causal_h32_kv4_d128",
         "top_k_sampling_from_probs_v151936",
         "top_p_sampling_from_probs_v151936",
         "top_k_top_p_sampling_from_probs_v151936",
     }
+    tests = sorted((tmp_path / "dataset" / "tests" / "references").iterdir())
+    assert [path.name for path in tests] == sorted(f"test_{o.spec.name}.py" for o in kernels)
 
 
 @pytest.mark.bench_extra
 def test_one_bad_kernel_does_not_stop_the_others(tmp_path: Path) -> None:
-    good, bad = entries("Qwen--Qwen3-30B-A3B")[:2]
-    assert bad.spec is not None
-    bad.spec = {**bad.spec, "axes": {"N": -1, "K": 2048}}
+    good, other = orders("Qwen--Qwen3-30B-A3B")[:2]
+    bad = Order(spec=other.spec.model_copy(update={"axes": {"N": -1, "K": 2048}}))
     draft_definitions([good, bad], "m", tmp_path)
-    stage_definition(good, tmp_path, tmp_path / "dataset")
+    stage(good, tmp_path, tmp_path / "dataset")
     with pytest.raises(DefinitionError, match="axes.N: const value -1"):
-        stage_definition(bad, tmp_path, tmp_path / "dataset")
+        stage(bad, tmp_path, tmp_path / "dataset")
     assert len(list((tmp_path / "dataset").rglob("*.json"))) == 1
 
 
@@ -209,11 +133,43 @@ def test_a_child_that_fails_is_every_kernels_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draft, "_MEMORY_GB", 0.001)
-    kernels = entries("Qwen--Qwen3-30B-A3B")[:2]
+    kernels = orders("Qwen--Qwen3-30B-A3B")[:2]
     draft_definitions(kernels, "m", tmp_path)
-    for entry in kernels:
+    for order in kernels:
         with pytest.raises(DefinitionError, match="drafting: the child process"):
-            stage_definition(entry, tmp_path, tmp_path / "dataset")
+            stage(order, tmp_path, tmp_path / "dataset")
+
+
+def test_a_draft_of_an_earlier_run_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (order,) = orders("Qwen--Qwen3-30B-A3B")[:1]
+    (tmp_path / f"{order.spec.name}.json").write_text("{}")
+    monkeypatch.setattr(draft, "_MEMORY_GB", 0.001)
+    draft_definitions([order], "m", tmp_path)
+    with pytest.raises(DefinitionError, match="drafting: the child process"):
+        read_draft(tmp_path, order.spec.name)
+
+
+@pytest.mark.bench_extra
+def test_a_wrong_reference_does_not_pass_its_proof(tmp_path: Path) -> None:
+    (spec,) = (s for s in specs("Qwen--Qwen3-30B-A3B").values() if s.name == "rmsnorm_h2048")
+    definition = {**PUBLISHED["rmsnorm_h2048"]}
+    definition["reference"] = definition["reference"].replace("+ EPS", "")
+    test = render(spec)
+    code = (
+        "import json, sys\n"
+        "from tasks.define import proof\n"
+        "from tasks.errors import DefinitionError\n"
+        "definition, test = json.load(open(sys.argv[1]))\n"
+        "try:\n    print(proof.prove(definition, test, proof.jail.Limits()))\n"
+        "except DefinitionError as error:\n    print(error); raise SystemExit(1)\n"
+    )
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps([definition, test]))
+    outcome = sandbox.run_python(["-c", code, str(asked)], timeout=120, memory_gb=64, cwd=tmp_path)
+    assert "proof: one row" in outcome.reason
+    assert "not close" in outcome.reason
 
 
 def test_model_with_another_epsilon_does_not_take_the_template() -> None:
@@ -224,13 +180,11 @@ def test_model_with_another_epsilon_does_not_take_the_template() -> None:
 
 
 def test_staging_without_a_draft_or_outside_the_dataset(tmp_path: Path) -> None:
-    entry = entries("Qwen--Qwen3-30B-A3B")[0]
     with pytest.raises(DefinitionError, match="has no draft"):
-        stage_definition(entry, tmp_path, tmp_path / "dataset")
-    hostile = entry.model_copy(update={"definition_name": "../../evil"})
+        stage_definition("rmsnorm_h1", "rmsnorm", tmp_path, tmp_path / "dataset")
     (tmp_path / "evil.json").write_text(json.dumps({"definition": {}}))
     with pytest.raises(InputError, match="not a valid name"):
-        stage_definition(hostile, tmp_path, tmp_path / "dataset")
+        stage_definition("../../evil", "rmsnorm", tmp_path, tmp_path / "dataset")
 
 
 def test_child_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
@@ -257,12 +211,72 @@ def test_child_that_wants_too_much_memory_fails(tmp_path: Path) -> None:
 
 
 def test_models_that_share_a_kernel_add_up_in_its_tags(tmp_path: Path) -> None:
-    entry = entries("Qwen--Qwen3-30B-A3B")[0]
+    name = "rmsnorm_h2048"
     for slug in ("one", "two", "one"):
         tags = ["status:verified", f"model:{slug}"]
-        drafted = {"definition": {"name": entry.definition_name, "tags": tags}}
+        drafted = {
+            "definition": {"name": name, "tags": tags},
+            "method": "op_module",
+            "notes": [],
+            "test": "",
+            "proof": [],
+            "versions": {},
+        }
         drafts = tmp_path / slug
         drafts.mkdir(exist_ok=True)
-        (drafts / f"{entry.definition_name}.json").write_text(json.dumps(drafted))
-        staged = stage_definition(entry, drafts, tmp_path / "dataset")
-    assert staged["definition"]["tags"] == ["status:verified", "model:one", "model:two"]
+        (drafts / f"{name}.json").write_text(json.dumps(drafted))
+        staged = stage_definition(name, "rmsnorm", drafts, tmp_path / "dataset")
+    assert staged.definition["tags"] == ["status:verified", "model:one", "model:two"]
+
+
+def inventory_json(**changes: Any) -> dict[str, Any]:
+    kernel = {
+        "definition_name": "rmsnorm_h2048",
+        "op_type": "rmsnorm",
+        "phase1_status": None,
+        "spec": specs("Qwen--Qwen3-30B-A3B")["rmsnorm_h2048"].model_dump(mode="json"),
+    }
+    return {"model_slug": "m", "kernels": [kernel], **changes}
+
+
+def test_kernels_of_an_inventory() -> None:
+    slug, (entry,) = phase.kernels_of_inventory(inventory_json(), "i.json")
+    assert slug == "m"
+    assert entry.phase1_status == "new"
+    existing = {**inventory_json()["kernels"][0], "phase1_status": "existing"}
+    assert phase.kernels_of_inventory(inventory_json(kernels=[existing]), "i.json") == ("m", [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_slug": None}, "i.json: field model_slug"),
+        ({"kernels": {}}, "i.json: field kernels"),
+        ({"kernels": [{}]}, "i.json: field kernels.0.spec"),
+        (
+            {"kernels": [{"definition_name": "../x", "op_type": "gemm", "spec": {}}]},
+            "i.json: field kernels.0",
+        ),
+    ],
+)
+def test_what_is_no_inventory_names_its_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        phase.kernels_of_inventory(inventory_json(**changes), "i.json")
+    assert str(caught.value).startswith(message)
+
+
+def test_only_names_that_are_there_can_be_chosen() -> None:
+    entries = [
+        KernelEntry(definition_name=name, op_type="gemm", phase1_status="new") for name in "abc"
+    ]
+    assert phase.chosen(entries, ["b"], "x") == entries[1:2]
+    assert phase.chosen(entries, [], "x") == entries
+    with pytest.raises(InputError, match="--only: d is not among the 3 kernels"):
+        phase.chosen(entries, ["a", "d"], "x")
+
+
+def test_a_kernel_of_a_known_op_type_without_its_spec_is_an_error(tmp_path: Path) -> None:
+    entry = KernelEntry(definition_name="gemm_n1_k1", op_type="gemm", phase1_status="new")
+    (result,) = phase.draft_all([entry], "m", tmp_path)
+    assert result.state == "failed"
+    assert "the manifest has no `spec`; run phase 1 again" in result.error

@@ -29,6 +29,7 @@ KERNEL_KEYS = {
     "sgl_status",
     "server_flags",
     "evidence",
+    "spec",
 }
 
 
