@@ -72,7 +72,7 @@ _ALLOWED = (
 _PRELOADED = (
     *("collections", "dataclasses", "enum", "functools", "itertools", "math", "operator"),
     *("typing", "encodings.idna", "numpy", "numpy.fft", "numpy.random", "safetensors.torch"),
-    *("torch.nn.functional", "torch.testing", "einops"),
+    *("torch.nn.functional", "torch.testing", "einops", "einops._torch_specific"),
 )
 
 
@@ -110,6 +110,7 @@ def deny_network() -> None:
     refuse = seccomp.ERRNO(errno.EPERM)
     try:
         rules = seccomp.SyscallFilter(seccomp.ALLOW)
+        rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)  # the threads of NumPy's BLAS too
         rules.add_rule(refuse, "socket", seccomp.Arg(0, seccomp.NE, socket.AF_UNIX))
         rules.add_rule(refuse, "io_uring_setup")  # it can open sockets too
         rules.load()
@@ -408,10 +409,14 @@ def _limit(kind: int, value: int) -> int:
 def _only_compute() -> None:
     """Have the kernel refuse every system call that computing does not need.
 
-    Calls of another ABI (x32, 32-bit) kill the process: libseccomp's default.
+    Calls of another ABI (x32, 32-bit) kill the process.
     """
     seccomp = _seccomp()
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
+    rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)
+    # All threads: torch may start a pool of its own right after a fork, and hostile code could
+    # make a thread without the filter work for it.
+    rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)
     for name in _ALLOWED:
         rules.add_rule(seccomp.ALLOW, name)
     # Reading its own limits, not setting them; abort(), not kill().

@@ -27,8 +27,10 @@ from tasks.ops.base import (
     tensor,
     var,
 )
+from tasks.ops.gqa import ATTEND_TEST, HIDE_TEST
 from tasks.ops.mla import (
     LATENT_AXES,
+    LATENT_TEST,
     latent_axes,
     latent_heads,
     latent_inputs,
@@ -116,6 +118,115 @@ def run(q_index_fp8, k_index_cache_fp8, weights, seq_lens, block_table):
     return topk_indices
 """
 
+_ATTENTION_TEST = '''\
+PAGE, TOPK = CONST["page_size"], CONST["topk"]
+
+
+def attention(counts):
+    """Return inputs in which each query has so many chosen tokens, from anywhere in the cache."""
+    generator, pages = seeded(len(counts)), math.ceil(TOPK / PAGE) + 2
+    indices = torch.full((len(counts), TOPK), -1, dtype=torch.int32)
+    for row, count in zip(indices, counts, strict=True):
+        row[:count] = torch.randperm(pages * PAGE, generator=generator)[:count]
+    given = {"sparse_indices": indices, "sm_scale": SM_SCALE}
+    inputs = complete(generator, {"num_tokens": len(counts), "num_pages": pages}, given)
+    return hide(inputs, indices[indices != -1].long())
+
+
+def check_attention(inputs, outputs, kernel):
+    q, k, v = latent(inputs)
+    # Every query over the whole cache, behind a mask of what it chose. Nobody chose what is NaN.
+    visible = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for query, tokens in enumerate(inputs["sparse_indices"].tolist()):
+        visible[query, [token for token in tokens if token != -1]] = True
+    expected = attend(q, k.nan_to_num(), v.nan_to_num(), visible, inputs["sm_scale"])
+    assert_attention(outputs, [expected], kernel)
+'''
+
+_INDEXER_TEST = '''\
+def decoded(tensor):
+    """Return the numbers that FP8 (e4m3) bytes stand for: sign, 4 bits exponent, 3 of mantissa."""
+    numbers = []
+    for byte in range(128):
+        exponent, mantissa = divmod(byte, 8)
+        # The smallest exponent has no implicit leading 1.
+        whole = mantissa if exponent == 0 else 8 + mantissa
+        numbers.append(math.ldexp(whole, max(exponent, 1) - 10))
+    numbers[127] = math.nan
+    table = torch.tensor(numbers + [-number for number in numbers], dtype=torch.float64)
+    return table[tensor.contiguous().view(torch.uint8).long()]
+
+
+def indexer(lengths):
+    """Return inputs for sequences of these lengths, in shuffled pages."""
+    generator = seeded(len(lengths))
+    batch, heads, dim = len(lengths), CONST["num_index_heads"], CONST["index_head_dim"]
+    counts = [math.ceil(length / PAGE) for length in lengths]
+    pages, width = sum(counts) + 1, max(*counts, math.ceil(TOPK / PAGE))
+    *shuffled, unused = torch.randperm(pages, generator=generator).tolist()
+    keys = random(generator, pages, PAGE, dim, dtype="float8_e4m3fn").view(torch.uint8)
+    scales = 0.1 + torch.rand(pages, PAGE, generator=generator)
+    # Where no token is, all is NaN. So is the page that stands where a sequence has no more pages.
+    table = torch.full((batch, width), unused, dtype=torch.int32)
+    keys[unused], scales[unused] = 0x7F, math.nan
+    for row, count, length in zip(table, counts, lengths, strict=True):
+        own, shuffled = shuffled[:count], shuffled[count:]
+        row[:count] = torch.tensor(own, dtype=torch.int32)
+        if length % PAGE:
+            keys[own[-1], length % PAGE :], scales[own[-1], length % PAGE :] = 0x7F, math.nan
+    # In each page the keys of all tokens, then their scales.
+    packed = torch.cat([keys.flatten(1), scales.view(torch.uint8)], dim=1)
+    given = {
+        "q_index_fp8": random(generator, batch, heads, dim, dtype="float8_e4m3fn"),
+        "k_index_cache_fp8": packed.view(torch.int8).unflatten(1, (PAGE, 1, -1)),
+        # Of both signs: a token that no head finds relevant is not the worst.
+        "weights": random(generator, batch, heads, dtype="float32"),
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+        "block_table": table,
+    }
+    return complete(generator, {}, given)
+
+
+def check_choice(inputs, outputs, kernel):
+    cache = inputs["k_index_cache_fp8"].flatten(1)
+    split = PAGE * CONST["index_head_dim"]
+    keys = decoded(cache[:, :split]).unflatten(1, (PAGE, -1))
+    scales = cache[:, split:].contiguous().view(torch.float32)
+    keys = (keys * scales[..., None].double()).flatten(0, 1)
+    queries, weights = decoded(inputs["q_index_fp8"]), inputs["weights"].double()
+    for row, length in enumerate(inputs["seq_lens"].tolist()):
+        pages = inputs["block_table"][row].tolist()
+        tokens = [pages[i // PAGE] * PAGE + i % PAGE for i in range(length)]
+        relevance = (keys[tokens] @ queries[row].T).clamp(min=0.0) * weights[row]
+        scores = dict(zip(tokens, relevance.sum(dim=1).tolist(), strict=True))
+
+        count = min(length, TOPK)
+        chosen = outputs["topk_indices"][row].tolist()
+        assert chosen[count:] == [-1] * (TOPK - count)
+        assert len(set(chosen[:count])) == count, "a token is chosen twice"
+        assert set(chosen[:count]) <= set(scores), "a token of no sequence, or of another"
+        # The order is free, and rounding may swap tokens whose scores are nearly the same.
+        got = sorted(scores[token] for token in chosen[:count])
+        best = sorted(scores.values())[length - count :]
+        # A score is the sum of what each head adds, of both signs, in float32 for kernels too.
+        size = float(relevance.abs().sum(dim=1).max()) if length else 1.0
+        got, best = (torch.tensor(values, dtype=torch.float64) for values in (got, best))
+        assert_close(got, best, kernel, loose=2.0**-16, size=size)
+
+
+if VARIANT == "topk_indexer":
+    # Nothing cached, one token, a page, fewer tokens than are chosen, as many, and more.
+    LENGTHS = [2 * PAGE + 3, 0, 1, PAGE, TOPK, TOPK + 1, TOPK + 2 * PAGE + 3]
+    CASES = {"one sequence": lambda: indexer([5]), "several sequences": lambda: indexer(LENGTHS)}
+    check = check_choice
+else:
+    CASES = {
+        "some tokens": lambda: attention([5, 0, 1, TOPK // 16]),
+        "as many tokens as fit": lambda: attention([3, TOPK]),
+    }
+    check = check_attention
+'''
+
 _AXES = {
     **LATENT_AXES,
     "topk": "Tokens chosen for each query (index_topk).",
@@ -157,6 +268,9 @@ class DsaPaged(OpModule):
             ),
             sglang_layer=_LAYER,
         ),
+    )
+    reference_test = (
+        f"{ATTEND_TEST}\n\n{HIDE_TEST}\n\n{LATENT_TEST}\n\n{_ATTENTION_TEST}\n\n{_INDEXER_TEST}"
     )
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:

@@ -13,7 +13,7 @@ counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -37,6 +37,7 @@ from tasks.ops.base import (
     Unmapped,
     check_axes,
     const,
+    const_axes,
     register,
     rows_of,
     scalar,
@@ -211,6 +212,171 @@ def run({arguments}):
     return wrapper.run(q, k, v, return_lse=True)
 """
 
+ATTEND_TEST = '''\
+# Not 1/sqrt(dim): the input is what decides.
+SM_SCALE = 0.15
+
+
+def complete(generator, sizes, given):
+    """Return the definition's inputs in order: those given, and random values for the others."""
+    sizes = {**CONST, **sizes}
+    return {
+        name: given[name]
+        if name in given
+        else random(generator, *[sizes[axis] for axis in declared["shape"]])
+        for name, declared in DEFINITION["inputs"].items()
+    }
+
+
+def attend(q, k, v, visible, scale):
+    """Attend from `q` [queries, heads, dim] to `k` and `v` [keys, key heads, dim] in float64.
+
+    `visible` [queries, keys] says which keys a query sees. Returns the output, 0 for a query that
+    sees none, and the log-sum-exp of the logits to base 2.
+    """
+    queries, group = q.shape[0], q.shape[1] // k.shape[1]
+    # The query heads that share a key head become further queries of that head.
+    q = q.double().unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
+    k, v = k.double().transpose(0, 1), v.double().transpose(0, 1)
+    mask = visible.repeat(group, 1)
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    output[:, ~mask.any(dim=1)] = 0.0
+    powers = torch.exp2(q @ k.mT * (scale * math.log2(math.e)))
+    lse = torch.log2((powers * mask).sum(dim=-1, keepdim=True))
+    output, lse = (
+        x.unflatten(1, (group, queries)).permute(2, 0, 1, 3).flatten(1, 2) for x in (output, lse)
+    )
+    return output, lse[..., 0]
+
+
+def causal(queries, keys):
+    """Return which keys each query sees, both counted back from the sequence's last token."""
+    return torch.arange(-keys, 0) <= torch.arange(-queries, 0)[:, None]
+
+
+def assert_attention(outputs, expected, kernel):
+    """Compare with what `attend` returned for consecutive queries."""
+    output, lse = (torch.cat(parts) for parts in zip(*expected, strict=True))
+    # Averages of values of order 1. Kernels round the weights to bfloat16 before the average, which
+    # came to 0.0023 at most on a GPU.
+    assert_close(outputs["output"], output, kernel, loose=2.0**-6)
+    # As large as the largest logit, 16 and more. Kernels keep it in float32 too, with approximate
+    # powers of two: 2^-10 of 16 is 2^-6.
+    assert_close(outputs["lse"], lse, kernel, loose=2.0**-10, size=16.0)
+'''
+"""In reference tests: inputs and an independent computation of softmax attention."""
+
+HIDE_TEST = '''\
+def hide(inputs, slots):
+    """Overwrite the paged caches with NaN, except in these slots: nothing else is to be read."""
+    for name, declared in DEFINITION["inputs"].items():
+        if declared["shape"] and declared["shape"][0] == "num_pages":
+            cache = inputs[name].flatten(0, 1)
+            kept = cache[slots].clone()
+            cache[:] = float("nan")
+            cache[slots] = kept
+    return inputs
+'''
+"""In reference tests: a paged cache of which only some slots may be read."""
+
+PAGED_TEST = '''\
+PAGE = CONST["page_size"]
+# Queries and keys of each sequence: a partly filled last page, an empty sequence, one token, a page
+# exactly, one token more.
+SEQUENCES = [(1, 2 * PAGE + 3), (1, 0), (1, 1), (1, PAGE), (1, PAGE + 1)]
+if VARIANT == "prefill":
+    # No cached prefix, an empty sequence, one token, nothing new, and queries behind a prefix.
+    SEQUENCES = [(3, 3), (0, 0), (1, 1), (0, 5), (2, PAGE + 1), (4, 2 * PAGE + 3), (1, PAGE)]
+
+
+def paged(sequences):
+    generator, lengths = seeded(len(sequences)), [keys for _, keys in sequences]
+    queries = [count for count, _ in sequences]
+    pages = [math.ceil(length / PAGE) for length in lengths]
+    # Shuffled, and there are pages that no sequence has.
+    shuffled = torch.randperm(sum(pages) + 3, generator=generator)[: sum(pages)]
+    given = {
+        "qo_indptr": offsets(queries),
+        "kv_indptr": offsets(pages),
+        "kv_indices": shuffled.to(torch.int32),
+        "kv_last_page_len": torch.tensor(
+            [(length - 1) % PAGE + 1 if length else 0 for length in lengths], dtype=torch.int32
+        ),
+        "sm_scale": SM_SCALE,
+    }
+    total = sum(queries)
+    sizes = {"batch_size": total, "total_q": total, "num_pages": sum(pages) + 3}
+    inputs = complete(generator, sizes, given)
+    return hide(inputs, sum(slots_of(inputs), []))
+
+
+CASES = {
+    "one sequence": lambda: paged(SEQUENCES[:1]),
+    "several sequences": lambda: paged(SEQUENCES),
+}
+
+
+def slots_of(inputs):
+    """Return each sequence's tokens in order, counted through the cache page after page."""
+    indptr, indices = inputs["kv_indptr"].tolist(), inputs["kv_indices"].tolist()
+    sequences = []
+    for sequence, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
+        slots = [page * PAGE + slot for page in indices[first:end] for slot in range(PAGE)]
+        if PAGE > 1 and slots:
+            slots = slots[: len(slots) - PAGE + int(inputs["kv_last_page_len"][sequence])]
+        sequences.append(slots)
+    return sequences
+
+
+def attend_all(inputs, q, k, v):
+    """Attend from each sequence's queries to its tokens, gathered from the flattened caches."""
+    slots = slots_of(inputs)
+    lengths = inputs["qo_indptr"].diff().tolist() if VARIANT == "prefill" else [1] * len(slots)
+    return [
+        attend(q_b, k[own], v[own], causal(len(q_b), len(own)), inputs["sm_scale"])
+        for q_b, own in zip(q.split(lengths), slots, strict=True)
+    ]
+'''
+"""In reference tests: sequences in pages, for decode and prefill; `check` is to follow."""
+
+_PAGED_TEST = """\
+def check(inputs, outputs, kernel):
+    k, v = inputs["k_cache"].flatten(0, 1), inputs["v_cache"].flatten(0, 1)
+    assert_attention(outputs, attend_all(inputs, inputs["q"], k, v), kernel)
+"""
+
+RAGGED_TEST = """\
+# Queries and keys of each sequence: no cached prefix, an empty sequence, one token, nothing new,
+# queries behind a prefix.
+SEQUENCES = [(3, 3), (0, 0), (1, 1), (0, 5), (2, 9), (7, 70), (1, 8)]
+
+
+def ragged(sequences):
+    queries, keys = ([sequence[i] for sequence in sequences] for i in range(2))
+    given = {"qo_indptr": offsets(queries), "kv_indptr": offsets(keys), "sm_scale": SM_SCALE}
+    sizes = {"total_q": sum(queries), "total_kv": sum(keys)}
+    return complete(seeded(len(sequences)), sizes, given)
+
+
+CASES = {
+    "one sequence": lambda: ragged(SEQUENCES[:1]),
+    "several sequences": lambda: ragged(SEQUENCES),
+}
+
+
+def check(inputs, outputs, kernel):
+    q, k, v = (
+        inputs[name].split(inputs[lengths].diff().tolist())
+        for name, lengths in (("q", "qo_indptr"), ("k", "kv_indptr"), ("v", "kv_indptr"))
+    )
+    expected = [
+        attend(q_b, k_b, v_b, causal(len(q_b), len(k_b)), inputs["sm_scale"])
+        for q_b, k_b, v_b in zip(q, k, v, strict=True)
+    ]
+    assert_attention(outputs, expected, kernel)
+"""
+"""In reference tests: consecutive sequences, and the check."""
+
 
 def _shards(
     model: ModelConfig, serving: Serving
@@ -296,7 +462,7 @@ def _indptr(call: Call, name: str) -> np.ndarray:
     return values
 
 
-def _plan_integers(call: Call, names: dict[str, str]) -> dict[str, int]:
+def _plan_integers(call: Call, names: Mapping[str, str]) -> dict[str, int]:
     """Return axis -> value of the plan's integer arguments."""
     seen = {}
     for axis, name in names.items():
@@ -305,6 +471,34 @@ def _plan_integers(call: Call, names: dict[str, str]) -> dict[str, int]:
             raise DumpError(f"{call.name}: the dump has no integer {name!r}")
         seen[axis] = value
     return seen
+
+
+def _plan_names(stage: str) -> dict[str, str]:
+    """Return axis -> a plan's parameter."""
+    return {
+        "num_qo_heads": "num_qo_heads",
+        "num_kv_heads": "num_kv_heads",
+        "head_dim": "head_dim" if stage == "decode" else "head_dim_qk",
+    }
+
+
+def planned(
+    module: OpModule, variant: str, call: Call, names: Mapping[str, str]
+) -> KernelSpec | None:
+    """Return the kernel that a plan's integer arguments name; nothing if one was not dumped.
+
+    Args:
+        module: the op module.
+        variant: which of its kernels.
+        call: the plan.
+        names: const axis -> the plan's parameter.
+    """
+    try:
+        axes = _plan_integers(call, names)
+    except DumpError:
+        return None
+    name = module.name_of(variant, axes)
+    return KernelSpec(name=name, op_type=module.op_type, variant=variant, axes=axes)
 
 
 _NAME = "h{num_qo_heads}_kv{num_kv_heads}_d{head_dim}"
@@ -355,6 +549,7 @@ class GqaPaged(OpModule):
         "prefill": f"gqa_paged_prefill_causal_{_NAME}_ps{{page_size}}",
     }
     apis = (wrapper_api("decode", _DECODE), wrapper_api("prefill", _PAGED))
+    reference_test = f"{ATTEND_TEST}\n\n{HIDE_TEST}\n\n{PAGED_TEST}\n\n{_PAGED_TEST}"
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Softmax attention with keys and values of its own."""
@@ -388,12 +583,11 @@ class GqaPaged(OpModule):
             return api
         return replace(api, server_flags=(*FLAGS, f"--page-size {page_size}"))
 
-    def template_call(self, spec: KernelSpec) -> TemplateCall | None:
-        """Trusted at page size 1; the templates know no `kv_last_page_len`."""
-        if spec.axes["page_size"] != 1:
-            return None
+    def template_call(self, spec: KernelSpec) -> TemplateCall:
+        """Caches of 64 pages."""
         axes = spec.axes
-        cache = MetaTensor((64, 1, axes["num_kv_heads"], axes["head_dim"]), "bfloat16")
+        pages = (64, axes["page_size"], axes["num_kv_heads"], axes["head_dim"])
+        cache = MetaTensor(pages, "bfloat16")
         decode = spec.variant == "decode"
         rows = 8 if decode else 100
         arguments: dict[str, MetaTensor | tuple[MetaTensor, ...]] = {
@@ -466,6 +660,24 @@ class GqaPaged(OpModule):
             ),
         }
 
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the plan's heads, head dimension and page size."""
+        stages = {f"{_DECODE}.plan": "decode", f"{_PAGED}.plan": "prefill"}
+        if call.name not in stages:
+            return None
+        stage = stages[call.name]
+        return planned(self, stage, call, {**_plan_names(stage), "page_size": "page_size"})
+
+    def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
+        """SGLang's pool is [slots, heads, head_dim], a template reads [pages, page_size, ...]."""
+        axes = spec.axes
+        misread = {"page_size": axes["num_kv_heads"], "num_kv_heads": axes["head_dim"]}
+        if const_axes(template) != {**axes, **misread}:
+            return super().as_called(template, spec)
+        corrected = {name: {**template["axes"][name], "value": axes[name]} for name in misread}
+        told = tuple(f"{name} {misread[name]}, planned {axes[name]}" for name in misread)
+        return {**template, "axes": {**template["axes"], **corrected}}, told
+
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per plan that is known to be run."""
         wrapper = _DECODE if spec.variant == "decode" else _PAGED
@@ -483,12 +695,7 @@ class GqaPaged(OpModule):
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
         decode = spec.variant == "decode"
-        names = {
-            "num_qo_heads": "num_qo_heads",
-            "num_kv_heads": "num_kv_heads",
-            "head_dim": "head_dim" if decode else "head_dim_qk",
-        }
-        check_axes(call, _plan_integers(call, names), spec.axes)
+        check_axes(call, _plan_integers(call, _plan_names(spec.variant)), spec.axes)
         _check_plain(call)
         planned = _plan_integers(call, {"page_size": "page_size"})["page_size"]
         if planned != 1:
@@ -569,6 +776,7 @@ class GqaRagged(OpModule):
     op_type = "gqa_ragged"
     names = {"prefill": f"gqa_ragged_prefill_causal_{_NAME}"}
     apis = (wrapper_api("prefill", RAGGED),)
+    reference_test = f"{ATTEND_TEST}\n\n{RAGGED_TEST}"
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Softmax attention with keys and values of its own."""
@@ -645,17 +853,20 @@ class GqaRagged(OpModule):
             ),
         }
 
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the plan's heads and head dimension, where keys and values have one."""
+        if call.name != f"{RAGGED}.plan":
+            return None
+        spec = planned(self, "prefill", call, _plan_names("prefill"))
+        same = spec and call.values.get("head_dim_vo") in (None, spec.axes["head_dim"])
+        return spec if same else None
+
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per ragged plan."""
         return rows_of(calls, f"{RAGGED}.plan", lambda call: self._row(spec, call))
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
-        names = {
-            "num_qo_heads": "num_qo_heads",
-            "num_kv_heads": "num_kv_heads",
-            "head_dim": "head_dim_qk",
-        }
-        seen = _plan_integers(call, names)
+        seen = _plan_integers(call, _plan_names("prefill"))
         check_axes(call, seen, spec.axes)
         _check_plain(call)
         if call.values.get("head_dim_vo") not in (None, seen["head_dim"]):

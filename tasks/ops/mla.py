@@ -12,25 +12,41 @@ Query heads are sharded by tp, which must divide them (sglang/srt/models/deepsee
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
 
 from tasks.model import Fields, ModelConfig, Serving
 from tasks.ops.base import (
+    Call,
     FlashInferApi,
     Json,
     KernelSpec,
+    MetaTensor,
     NotProduced,
     OpModule,
     Scalar,
+    TemplateCall,
     const,
+    const_axes,
     register,
     scalar,
     tensor,
     var,
 )
-from tasks.ops.gqa import FLAGS, RAGGED, ragged_baseline, ragged_extent, wrapper_api
+from tasks.ops.gqa import (
+    ATTEND_TEST,
+    FLAGS,
+    HIDE_TEST,
+    PAGED_TEST,
+    RAGGED,
+    RAGGED_TEST,
+    planned,
+    ragged_baseline,
+    ragged_extent,
+    wrapper_api,
+)
 
 _LAYER = "python/sglang/srt/layers/attention/flashinfer_mla_backend.py"
 _NO_RAGGED = "--flashinfer-mla-disable-ragged"
@@ -142,6 +158,24 @@ def run({arguments}):
     return wrapper.run(q_nope, q_pe, ckv_cache, kpe_cache, return_lse=True)
 """
 
+LATENT_TEST = '''\
+def latent(inputs):
+    """Return queries, keys and values of the ordinary attention that this is.
+
+    All query heads share one key and value head. The key is the whole cached vector, the value its
+    compressed part.
+    """
+    q = torch.cat([inputs["q_nope"], inputs["q_pe"]], dim=-1)
+    k = torch.cat([inputs["ckv_cache"], inputs["kpe_cache"]], dim=-1).flatten(0, 1)[:, None]
+    return q, k, k[..., : CONST["head_dim_ckv"]]
+'''
+"""In reference tests: latent attention as ordinary attention."""
+
+_PAGED_TEST = """\
+def check(inputs, outputs, kernel):
+    assert_attention(outputs, attend_all(inputs, *latent(inputs)), kernel)
+"""
+
 LATENT_AXES = {
     "num_qo_heads": "Query heads of one rank.",
     "head_dim_ckv": "Dimension of the compressed keys and values (kv_lora_rank).",
@@ -247,11 +281,7 @@ def _origin(model: ModelConfig, serving: Serving) -> tuple[str, ...]:
 
 @register
 class MlaPaged(OpModule):
-    """Decode and causal prefill over the paged latent cache.
-
-    No trace template is trusted: FlashInfer 0.7's takes an FP8 cache's scales and `return_lse` as
-    parameters of its reference, and none knows `qo_indptr` or `kv_last_page_len`.
-    """
+    """Decode and causal prefill over the paged latent cache."""
 
     op_type = "mla_paged"
     names = {
@@ -259,6 +289,9 @@ class MlaPaged(OpModule):
         "prefill": f"mla_paged_prefill_causal_{_NAME}",
     }
     apis = (wrapper_api("mla", _PAGED, _LAYER),)
+    reference_test = (
+        f"{ATTEND_TEST}\n\n{HIDE_TEST}\n\n{PAGED_TEST}\n\n{LATENT_TEST}\n\n{_PAGED_TEST}"
+    )
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Full attention, where the cache is latent and the attention not sparse."""
@@ -294,6 +327,32 @@ class MlaPaged(OpModule):
             flags.append(f"--page-size {spec.axes['page_size']}")
         (api,) = self.apis
         return dataclasses.replace(api, server_flags=tuple(flags))
+
+    def template_call(self, spec: KernelSpec) -> TemplateCall | None:
+        """Of decode only: the template knows no `qo_indptr`."""
+        if spec.variant != "decode":
+            return None
+        axes = spec.axes
+        query, cache = (8, axes["num_qo_heads"]), (64, axes["page_size"])
+        return TemplateCall(
+            f"flashinfer.mla:{_PAGED}.run",
+            {
+                "q_nope": MetaTensor((*query, axes["head_dim_ckv"]), "bfloat16"),
+                "q_pe": MetaTensor((*query, axes["head_dim_kpe"]), "bfloat16"),
+                "ckv_cache": MetaTensor((*cache, axes["head_dim_ckv"]), "bfloat16"),
+                "kpe_cache": MetaTensor((*cache, axes["head_dim_kpe"]), "bfloat16"),
+                "kv_indptr": MetaTensor((9,), "int32"),
+                "kv_indices": MetaTensor((40,), "int32"),
+            },
+        )
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the plan's heads, dimensions and page size; a causal one is a prefill's."""
+        causal = call.values.get("causal")
+        if call.name != f"{_PAGED}.plan" or not isinstance(causal, bool):
+            return None
+        names = {"num_qo_heads": "num_heads"} | {a: a for a in LATENT_AXES if a != "num_qo_heads"}
+        return planned(self, "prefill" if causal else "decode", call, names)
 
     def definition(self, spec: KernelSpec) -> Json:
         """Attention of each sequence's queries over its latent pages, with the 2-based LSE."""
@@ -376,6 +435,7 @@ class MlaRagged(OpModule):
     op_type = "mla_ragged"
     names = {"prefill": "mla_ragged_prefill_causal_h{num_qo_heads}_qk{qk_dim}_vo{vo_dim}"}
     apis = (wrapper_api("prefill", RAGGED, _LAYER),)
+    reference_test = f"{ATTEND_TEST}\n\n{RAGGED_TEST}"
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Full attention, where the cache is latent and the attention not sparse."""
@@ -411,6 +471,38 @@ class MlaRagged(OpModule):
         """The ragged wrapper, which SGLang uses for a prefill without a cached prefix."""
         (api,) = self.apis
         return api
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the plan's heads and dimensions, where keys and values differ."""
+        if call.name != f"{RAGGED}.plan":
+            return None
+        names = {
+            "num_qo_heads": "num_qo_heads",
+            "num_kv_heads": "num_kv_heads",
+            "qk_dim": "head_dim_qk",
+            "vo_dim": "head_dim_vo",
+        }
+        spec = planned(self, "prefill", call, names)
+        return spec if spec and spec.axes["qk_dim"] != spec.axes["vo_dim"] else None
+
+    def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
+        """The template has one head dimension, which it reads from the queries."""
+        axes = spec.axes
+        heads = {name: axes[name] for name in ("num_qo_heads", "num_kv_heads")}
+        if const_axes(template) != {**heads, "head_dim": axes["qk_dim"]}:
+            return super().as_called(template, spec)
+        corrected = copy.deepcopy(template)
+        one = corrected["axes"].pop("head_dim")
+        corrected["axes"] |= {name: {**one, "value": axes[name]} for name in ("qk_dim", "vo_dim")}
+        for part, name, dim in (
+            ("inputs", "q", "qk_dim"),
+            ("inputs", "k", "qk_dim"),
+            ("inputs", "v", "vo_dim"),
+            ("outputs", "output", "vo_dim"),
+        ):
+            shape = corrected[part].get(name, {}).get("shape") or []
+            shape[:] = [dim if axis == "head_dim" else axis for axis in shape]
+        return corrected, (f"values of {axes['qk_dim']} elements, planned {axes['vo_dim']}",)
 
     def definition(self, spec: KernelSpec) -> Json:
         """Causal attention of each sequence's queries over its keys and values."""
