@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib.metadata import version
@@ -30,40 +33,44 @@ from tasks.ops.base import FlashInferApi, MetaTensor, OpModule, TemplateCall
 
 Json = dict[str, Any]
 _NOBODY = "op type {!r}: nobody has written a reference, and no trace template is trusted"
+_MOST_WORKERS = 4
+"""Proofs of large kernels need some GB of memory each."""
 _PACKAGES = ("flashinfer-python", "flashinfer-bench", "torch")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
-    """The packages of the bench extra, or why they cannot be had."""
+    """The packages of the bench extra, imported, or why they cannot be had."""
 
     missing: str = ""
-    torch: Any = None
-    definition: Any = None
-    """`flashinfer_bench.data.Definition`."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls) -> Bench:
-        """Import them."""
+        """Import them, without a network."""
         try:
+            jail.deny_network()
             import flashinfer  # noqa: F401
             import torch
-            from flashinfer_bench.data import Definition
+
+            # As many processes as there are cores will share them.
+            torch.set_num_threads(1)
         except Exception as error:  # FlashInfer runs device code at import on some hosts
             return cls(missing=f"{type(error).__name__}: {error}")
-        return cls("", torch, Definition, {name: version(name) for name in _PACKAGES})
+        return cls(versions={name: version(name) for name in _PACKAGES})
 
 
-def _meta(value: Any, torch: Any) -> Any:
+def _meta(value: Any) -> Any:
+    import torch
+
     if isinstance(value, MetaTensor):
         return torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="meta")
     if isinstance(value, tuple):
-        return tuple(_meta(item, torch) for item in value)
+        return tuple(_meta(item) for item in value)
     return value
 
 
-def call_template(call: TemplateCall, torch: Any) -> Json:
+def call_template(call: TemplateCall) -> Json:
     """Call `api.fi_trace(...)` on meta tensors.
 
     Raises:
@@ -72,7 +79,7 @@ def call_template(call: TemplateCall, torch: Any) -> Json:
     module, _, name = call.api.partition(":")
     try:
         api = reduce(getattr, name.split("."), importlib.import_module(module))
-        answer = api.fi_trace(**{k: _meta(v, torch) for k, v in call.arguments.items()})
+        answer = api.fi_trace(**{k: _meta(v) for k, v in call.arguments.items()})
     except Exception as error:  # a template is FlashInfer's code
         raise DefinitionError(f"template {call.api}: {type(error).__name__}: {error}") from error
     return dict(answer)
@@ -115,7 +122,7 @@ class Drafting:
     def _harvested(self, order: Order, call: TemplateCall, own: Json, module: OpModule) -> Draft:
         if self.bench.missing:
             raise DefinitionError(self.bench.missing)
-        body = repair(call_template(call, self.bench.torch), order.spec, own)
+        body = repair(call_template(call), order.spec, own)
         return self._proved(order, body, "trace_template", module.reference_test, [])
 
     def _proved(
@@ -132,8 +139,10 @@ class Drafting:
         test = render(order.spec, family)
         proved: list[str] = []
         if not self.bench.missing:
+            from flashinfer_bench.data import Definition
+
             try:
-                self.bench.definition.model_validate(definition)
+                Definition.model_validate(definition)
             except ValueError as error:
                 raise DefinitionError(f"flashinfer_bench.data.Definition: {error}") from error
         if self.seconds and self.bench.missing:
@@ -155,23 +164,30 @@ class Drafting:
         )
 
 
+def _answer(drafting: Drafting, order: Order, folder: Path) -> None:
+    """Draft one kernel and write what came of it; its failure is its own answer."""
+    try:
+        answer = drafting.draft(order).model_dump(mode="json")
+    except NeedsReferenceError as error:
+        answer = {"needs_reference": str(error)}
+    except DefinitionError as error:
+        answer = {"error": str(error)}
+    except Exception as error:  # one kernel's is not the others'
+        answer = {"error": f"unexpected {type(error).__name__}: {error}"}
+    files.write_json(folder / f"{order.spec.name}.json", answer)
+
+
 def main(request_path: str, folder: str) -> None:
-    """Draft every kernel of the request; one kernel's failure is its own answer."""
-    jail.deny_network()
+    """Draft every kernel of the request, a few at a time in forks that share the imports."""
     request = json.loads(Path(request_path).read_text())
-    bench = Bench.load()
-    drafting = Drafting(bench, request["model_slug"], request["seconds"])
-    for item in request["orders"]:
-        order = Order.model_validate(item)
-        try:
-            answer = drafting.draft(order).model_dump(mode="json")
-        except NeedsReferenceError as error:
-            answer = {"needs_reference": str(error)}
-        except DefinitionError as error:
-            answer = {"error": str(error)}
-        except Exception as error:  # one kernel's is not the others'
-            answer = {"error": f"unexpected {type(error).__name__}: {error}"}
-        files.write_json(Path(folder, f"{order.spec.name}.json"), answer)
+    drafting = Drafting(Bench.load(), request["model_slug"], request["seconds"])
+    orders = [Order.model_validate(item) for item in request["orders"]]
+    workers = max(1, min(len(orders), len(os.sched_getaffinity(0)), _MOST_WORKERS))
+    forks = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=forks) as pool:
+        answers = [pool.submit(_answer, drafting, order, Path(folder)) for order in orders]
+    for answer in answers:
+        answer.result()
 
 
 if __name__ == "__main__":
