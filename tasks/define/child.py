@@ -105,6 +105,8 @@ class Drafting:
         provider, own = module.provider(spec), module.definition(spec)
         notes: list[str] = []
         if order.supplied is not None:
+            if self.bench.missing:
+                raise DefinitionError(f"reference: cannot be proved here ({self.bench.missing})")
             supplied = Supplied.parse(order.supplied, own, module.reference_test)
             return self._proved(order, supplied.body, "supplied", supplied.family, notes)
         call = module.template_call(spec) if order.has_template else None
