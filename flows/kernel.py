@@ -12,15 +12,18 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from flows.reference import ask_for_reference
 from tasks import manifest
 from tasks.collect.task import collect
 from tasks.define.task import define
 from tasks.errors import OnboardError
+from tasks.manifest import NEEDS_REFERENCE
 from tasks.publish.task import (
     prepare_sglang,
     publish_coverage,
     publish_dataset,
     request_kernel,
+    request_template,
 )
 from tasks.request import OnboardRequest, Step, remaining_steps
 
@@ -31,7 +34,8 @@ from tasks.request import OnboardRequest, Step, remaining_steps
     description=(
         "Onboard one kernel: define it, then by its classification request the kernel from "
         "FlashInfer, prepare SGLang's pull request and wait, or collect workloads; publish what "
-        "is complete. Retrying repeats only what failed."
+        "is complete. Retrying repeats only what failed. A kernel whose reference nobody has "
+        "written is paused until somebody gives one: Resume has the form."
     ),
 )
 def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]:
@@ -53,7 +57,7 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]
     state = run.state(run.kernel(name))
     get_run_logger().info("%s: %s", name, state)
     # The name is what the UI shows: a kernel that waits for upstream is not simply completed.
-    return Completed(name=state.capitalize(), data=state)
+    return Completed(name=state.replace("_", " ").capitalize(), data=state)
 
 
 def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
@@ -62,8 +66,11 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
 
     if Step.DEFINE in steps:
         define(path, name)
-    if Step.REQUEST_KERNEL in steps:
-        request_kernel(path, name)
+    _request_upstream(steps, path, name)
+    if _status(path, name) == NEEDS_REFERENCE:
+        if not ask_for_reference(path, name):
+            return
+        _request_upstream(steps, path, name)
     if Step.PREPARE_SGLANG in steps:
         prepare_sglang(path, name)
     if Step.COLLECT in steps:
@@ -73,3 +80,14 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
     if Step.PUBLISH_COVERAGE in steps:
         published = manifest.load(path).phase4[name]
         publish_coverage(path, name, str(published.flashinfer_trace_pr))
+
+
+def _status(path: Path, name: str) -> str | None:
+    return manifest.load(path).kernel(name).phase2_status
+
+
+def _request_upstream(steps: tuple[Step, ...], path: Path, name: str) -> None:
+    if Step.REQUEST_KERNEL in steps:
+        request_kernel(path, name, _status(path, name))
+    if Step.REQUEST_TEMPLATE in steps:
+        request_template(path, name, _status(path, name))

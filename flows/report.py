@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.manifest import KernelEntry, RunManifest
+from tasks.manifest import NEEDS_REFERENCE, KernelEntry, RunManifest
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 done, 1 some kernel failed, 3 some kernel waits for something upstream."""
+        """0 done, 1 some kernel failed, 3 some kernel waits for upstream or for a reference."""
         if self.states["failed"]:
             return 1
-        return 3 if self.states["waiting"] else 0
+        return 3 if self.states["waiting"] or self.states[NEEDS_REFERENCE] else 0
 
     @property
     def not_produced(self) -> list[str]:
@@ -71,9 +71,21 @@ class Report:
             "dataset": pulls.flashinfer_trace_pr if pulls else None,
             "coverage": pulls.flashinfer_bench_pr if pulls else None,
             "kernel request": entry.fi_issue_url,
+            "template request": entry.fi_trace_template_request_url,
             "SGLang": entry.sglang_pr_url,
         }
         return {kind: url for kind, url in found.items() if url}
+
+    def reason(self, entry: KernelEntry) -> str:
+        """Return why a kernel goes no further, and what to do about it; empty if nothing is."""
+        if self.run.state(entry) != NEEDS_REFERENCE:
+            return entry.error or ""
+        notes = "; ".join(entry.phase2_notes or ("nobody has written its reference",))
+        return (
+            f"{notes}: give one with `onboard define --manifest {self.path} --dataset "
+            f"{self.path.parent / 'flashinfer-trace'} --only {entry.definition_name} "
+            "--reference FILE.py`, or in the form of its paused run in the UI"
+        )
 
     def markdown(self) -> str:
         """Return the report as the UI shows it."""
@@ -82,7 +94,7 @@ class Report:
         for entry in self.run.kernels:
             links = ", ".join(f"[{kind}]({url})" for kind, url in self.links(entry).items())
             rows = "" if entry.workload_entries is None else str(entry.workload_entries)
-            reason = (entry.error or "").replace("|", "\\|").replace("\n", " ")
+            reason = self.reason(entry).replace("|", "\\|").replace("\n", " ")
             lines.append(
                 f"| `{entry.definition_name}` | {self.run.state(entry)} | {rows} | {links} | "
                 f"{reason} |"

@@ -87,6 +87,7 @@ class Step(Enum):
 
     DEFINE = "define"
     REQUEST_KERNEL = "request kernel"
+    REQUEST_TEMPLATE = "request trace template"
     PREPARE_SGLANG = "prepare SGLang pull request"
     COLLECT = "collect"
     PUBLISH_DATASET = "publish dataset"
@@ -100,17 +101,24 @@ def remaining_steps(
 
     The branches: existing -> nothing; fi_missing -> define, request the kernel, publish the
     definition; sgl_missing -> define, prepare SGLang's pull request, wait; integrated -> define,
-    collect, publish; nothing to collect -> define, publish the definition.
+    collect, publish; nothing to collect -> define, publish the definition. Where FlashInfer has the
+    kernel's API but no trace template for it, that is requested too.
+
+    While nobody has written the kernel's reference, of these only the requests are made.
     """
     route = entry.route
     if route is Route.NOTHING:
         return ()
     steps = []
     if 2 in request.phases:
-        if entry.phase2_status != DONE:
+        defines = entry.phase2_status != DONE
+        if defines:
             steps.append(Step.DEFINE)
-        if route is Route.REQUEST_KERNEL and entry.fi_issue_url is None:
+        # A request and the definition made now are told of each other, even if it is an old one.
+        if route is Route.REQUEST_KERNEL and (defines or entry.fi_issue_url is None):
             steps.append(Step.REQUEST_KERNEL)
+        if _lacks_template(entry) and (defines or entry.fi_trace_template_request_url is None):
+            steps.append(Step.REQUEST_TEMPLATE)
     if entry.phase2_status != DONE and Step.DEFINE not in steps:
         return ()
     collects = 3 in request.phases and not request.skip_workload
@@ -129,3 +137,9 @@ def remaining_steps(
         if pulls is None or pulls.flashinfer_bench_pr is None:
             steps.append(Step.PUBLISH_COVERAGE)
     return tuple(steps)
+
+
+def _lacks_template(entry: KernelEntry) -> bool:
+    """Whether FlashInfer runs the kernel, by an API that has no trace template."""
+    by_an_api = entry.route in {Route.COLLECT, Route.AWAIT_SGLANG}
+    return by_an_api and entry.fi_status == "fi_supported" and entry.fi_trace_template is False

@@ -20,11 +20,13 @@ class Post:
     key: str
     """What it is about: a definition name, or a FlashInfer API."""
     kind: str
-    """`dataset`, `coverage`, `kernel-request` or `sglang`."""
+    """`dataset`, `coverage`, `kernel-request`, `template-request` or `sglang`."""
     repository: str
     title: str
     body: str
     labels: tuple[str, ...] = ()
+    asked_for: str = ""
+    """`{model}/{definition}`, where others may open the same: the text of the first one stays."""
 
 
 @dataclass(frozen=True)

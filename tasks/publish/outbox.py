@@ -26,6 +26,7 @@ _FOLDERS = {
     "coverage": "pull-requests",
     "sglang": "pull-requests",
     "kernel-request": "issues",
+    "template-request": "issues",
 }
 
 
@@ -61,6 +62,8 @@ class Outbox:
         head = {"repository": post.repository, "title": post.title}
         if post.labels:
             head |= {"labels": ", ".join(post.labels)}
+        if post.asked_for:
+            head |= {"asked_for": post.asked_for}
         facts = yaml.safe_dump({**head, **where}, sort_keys=False, allow_unicode=True, width=999)
         text = f"---\n{facts}---\n{post.body.rstrip()}\n\n{marker(post.key, post.kind)}\n"
         name = files.safe_name(post.key, "outbox entry")
@@ -70,7 +73,8 @@ class Outbox:
                 git("init", "--quiet", "--initial-branch=main", str(self._root))
             # We hold the outbox's lock: a lock file of git's own is left from a killed run.
             (self._root / ".git" / "index.lock").unlink(missing_ok=True)
-            files.write_text(path, text)
+            if not _is_anothers(path, post.asked_for):
+                files.write_text(path, text)
             ours = ("--", ".gitignore", str(path.relative_to(self._root)))
             git("add", *ours, cwd=self._root)
             if git("status", "--porcelain", *ours, cwd=self._root):
@@ -132,3 +136,11 @@ class Outbox:
             git(*add, cwd=remote, stdin=entries.encode(), env=index)
             # A blobless clone lacks the blobs of files nobody touches.
             return git("write-tree", "--missing-ok", cwd=remote, env=index)
+
+
+def _is_anothers(path: Path, asked_for: str) -> bool:
+    """Whether an issue was opened for somebody else, whose text stays as it is."""
+    if not asked_for or not path.exists():
+        return False
+    _, head, _ = files.read_text(path, "the outbox entry").split("---\n", 2)
+    return bool(yaml.safe_load(head).get("asked_for", asked_for) != asked_for)

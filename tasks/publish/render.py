@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +19,9 @@ from tasks.errors import PublishError
 from tasks.manifest import DONE, KernelEntry, RunManifest
 from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
 from tasks.publish.base import Branch, Post
+from tasks.publish.markdown import FILTERS, one_line
+from tasks.publish.requested import public_address, without_request
+from tasks.publish.sites import Site, sglang_site
 
 DATASET_REPOSITORY = "flashinfer-ai/flashinfer-trace"
 BENCH_REPOSITORY = "flashinfer-ai/flashinfer-bench"
@@ -30,6 +35,12 @@ _TEMPLATES = Environment(
     autoescape=False,  # noqa: S701  the output is markdown
     keep_trailing_newline=True,
 )
+_TEMPLATES.filters |= FILTERS | {
+    # What could pass for one of our markers, written so that the JSON stays the same.
+    "definition_json": lambda value: json.dumps(value, indent=2, ensure_ascii=False).replace(
+        "<!--", "\\u003c!--"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,9 @@ class Subject:
     dataset: Path
     collected: Path
     """Provenance of its workloads, written by phase 3; may not exist."""
+    workspace: Path
+    sglang: Path
+    """SGLang's clone; may not exist."""
 
     @property
     def files(self) -> DefinitionFiles:
@@ -54,14 +68,38 @@ class Subject:
         return repo_id.rpartition("/")[2] if repo_id else self.manifest.model_slug
 
     @property
-    def provider(self) -> Provider:
-        """What would run the kernel."""
-        spec = KernelSpec.model_validate(self.entry.spec)
-        return ops.op_module(spec.op_type).provider(spec)
+    def spec(self) -> KernelSpec | None:
+        """What the kernel is, if an op module knows it."""
+        if self.entry.spec is None or self.entry.op_type not in ops.registry():
+            return None
+        return KernelSpec.model_validate(self.entry.spec)
+
+    @property
+    def provider(self) -> Provider | None:
+        """What would run the kernel, if an op module knows it."""
+        return ops.op_module(self.spec.op_type).provider(self.spec) if self.spec else None
+
+    @property
+    def asked_for(self) -> str:
+        """Whose request an issue is (`Post.asked_for`)."""
+        return f"{self.manifest.model_slug}/{self.entry.definition_name}"
 
     def definition(self) -> dict[str, Any]:
-        """Read the staged definition."""
-        return files.read_json_object(self.dataset / self.files.definition, "the definition")
+        """Return the staged definition, or as much as is known of it; it may lack a reference."""
+        staged = self.dataset / self.files.definition
+        if staged.exists():
+            found = files.read_json_object(staged, "the definition")
+            return {**found, "description": without_request(str(found.get("description") or ""))}
+        if self.spec is None:
+            return {}
+        named = {"name": self.entry.definition_name, "op_type": self.entry.op_type}
+        return {**named, **ops.op_module(self.spec.op_type).definition(self.spec)}
+
+
+_API = re.compile(
+    r"FlashInfer \S+: (?P<api>flashinfer\.[\w.]+) at (?P<place>[\w./-]+:\d+)", re.ASCII
+)
+"""How the evidence says where an API is (`discover/inventory.py`)."""
 
 
 def _body(template: str, subject: Subject, **context: Any) -> str:
@@ -158,23 +196,113 @@ def coverage_pull_request(
 
 
 def kernel_request(subject: Subject) -> Post:
-    """Render the issue that asks FlashInfer for a kernel it does not have."""
-    provider = subject.provider
+    """Render the issue that asks FlashInfer for a kernel it does not have.
+
+    One per definition. Where the model needs several of an op type (decode and prefill), their
+    titles name the definition too.
+    """
+    entry, run = subject.entry, subject.manifest
+    definition, site = subject.definition(), _sglang_site(subject)
+    pulls = run.phase4.get(entry.definition_name)
+    dataset_pr = pulls.flashinfer_trace_pr if pulls else None
     body = _body(
         "kernel_request.md.j2",
         subject,
-        repo_id=subject.manifest.hf_repo_id,
-        definition=subject.definition(),
+        repo_id=run.hf_repo_id,
+        description=definition.get("description", ""),
+        axes=list(_axes(definition)),
+        tensors=list(_tensors(definition)),
+        reference=definition.get("reference", ""),
         definition_path=subject.files.definition,
-        sglang_file=provider.sglang_file if isinstance(provider, NoKernel) else "",
+        site=site,
+        site_url=site.url(run.repo_shas.sglang) if site else "",
+        model_class=run.model_class,
+        dataset_pr=public_address(dataset_pr, subject.workspace) if dataset_pr else "",
+    )
+    title = f"Kernel request: {entry.op_type} for {one_line(subject.model)}"
+    requested = [other.op_type for other in run.kernels if other.route is entry.route]
+    if requested.count(entry.op_type) > 1:
+        title += f" ({entry.definition_name})"
+    return Post(
+        key=entry.definition_name,
+        kind="kernel-request",
+        repository=FLASHINFER_REPOSITORY,
+        title=title,
+        body=body,
+        labels=("enhancement", "kernel-request"),
+        asked_for=subject.asked_for,
+    )
+
+
+def _sglang_site(subject: Subject) -> Site | None:
+    provider, file, keyword = subject.provider, "", ""
+    if isinstance(provider, NoKernel):
+        file, keyword = provider.sglang_file, provider.keyword
+    elif isinstance(provider, FlashInferApi):
+        file, keyword = provider.sglang_layer, provider.path.rpartition(".")[2]
+    return sglang_site(subject.entry.evidence or (), file, keyword, subject.sglang)
+
+
+def _axes(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, axis in (definition.get("axes") or {}).items():
+        constant = axis.get("type") == "const"
+        value = axis.get("value") if constant else "variable"
+        yield {"name": name, "value": value, "meaning": axis.get("description") or ""}
+
+
+def _tensors(definition: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for role in ("input", "output"):
+        for name, spec in (definition.get(f"{role}s") or {}).items():
+            yield {
+                "name": name,
+                "role": role,
+                "shape": ", ".join(map(str, spec.get("shape") or ())) or "scalar",
+                "dtype": spec.get("dtype", ""),
+                "meaning": spec.get("description") or "",
+            }
+
+
+def template_request(subject: Subject) -> Post:
+    """Render the issue that asks FlashInfer for a trace template of an API it has.
+
+    It is about the API: other kernels and models that it runs find the issue of the first one.
+
+    Raises:
+        PublishError: nobody says which API runs the kernel.
+    """
+    entry, definition = subject.entry, subject.definition()
+    provider, method = subject.provider, None
+    tags = [str(tag) for tag in definition.get("tags") or ()]
+    tagged = [tag.removeprefix("fi_api:") for tag in tags if tag.startswith("fi_api:")]
+    found = [match for line in entry.evidence or () if (match := _API.search(line))]
+    candidates = [*tagged, *(match["api"] for match in found)]
+    if isinstance(provider, FlashInferApi):
+        candidates, method = [provider.path], provider.method
+    if not candidates:
+        raise PublishError(
+            f"{entry.definition_name}: which FlashInfer API runs it is not known; its trace "
+            "template cannot be requested"
+        )
+    api = candidates[0]
+    places = [match["place"] for match in found if match["api"] == api]
+    body = _body(
+        "template_request.md.j2",
+        subject,
+        repo_id=subject.manifest.hf_repo_id,
+        api=api,
+        method=method,
+        place=places[0] if places else "",
+        definition=definition,
+        definition_path=subject.files.definition,
     )
     return Post(
-        subject.entry.definition_name,
-        "kernel-request",
-        FLASHINFER_REPOSITORY,
-        f"Kernel request: {subject.entry.op_type} for {subject.model}",
-        body,
-        ("enhancement", "kernel-request"),
+        key=api,
+        kind="template-request",
+        repository=FLASHINFER_REPOSITORY,
+        title=f"trace: add @flashinfer_api(trace=...) for {api}",
+        body=body,
+        labels=("enhancement", "flashinfer-trace"),
+        asked_for=subject.asked_for,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -194,16 +195,21 @@ def test_fi_missing_files_an_issue_and_publishes_the_definition_only(workspace: 
         assert states(found)[entry.definition_name] == "published"
         assert entry.fi_issue_url is not None
         issue = Path(entry.fi_issue_url.removeprefix("file://")).read_text()
-        assert "title: 'Kernel request: lightning_attn for MiniMax-M1-80k'" in issue
+        asked = f"lightning_attn for MiniMax-M1-80k ({entry.definition_name})"
+        assert f"title: 'Kernel request: {asked}'" in issue
+        assert re.search(r"SGLang: `python/sglang/\S+/lightning_attn.py:\d+` at", issue)
         assert "labels: enhancement, kernel-request" in issue
         assert "| `num_heads` | 8 |" in issue
         bare = workspace / "outbox" / "remotes" / "flashinfer-trace.git"
         branch = f"onboard/{entry.definition_name}"
         assert git("diff", "--name-only", "main", branch, cwd=bare).splitlines() == [
-            f"definitions/lightning_attn/{entry.definition_name}.json"
+            f"definitions/lightning_attn/{entry.definition_name}.json",
+            f"tests/references/test_{entry.definition_name}.py",
         ]
         definition = json.loads(git("show", f"{branch}:{entry_path(entry)}", cwd=bare))
         assert "status:unverified" in definition["tags"]
+        where = f"outbox/issues/{entry.definition_name}.kernel-request.md"
+        assert definition["description"].endswith(f" Kernel request: {where}.")
     # Integrated kernels are defined and wait for a run with workloads.
     assert states(found)["rmsnorm_h6144"] == "defined"
     assert "rmsnorm_h6144" not in found.phase4

@@ -240,9 +240,12 @@ INTEGRATED = SUPPORTED | {"sgl_status": "sgl_integrated"}
 MISSING = NEW | {"fi_status": "fi_missing", "sgl_status": "n/a"}
 WAITING = SUPPORTED | {"sgl_status": "sgl_missing"}
 DONE2, DONE3 = {"phase2_status": "done"}, {"phase3_status": "done"}
-D, R, S, C, PD, PC = (
+NO_TEMPLATE = {"fi_trace_template": False}
+NEEDS = {"phase2_status": "needs_reference"}
+D, R, T, S, C, PD, PC = (
     Step.DEFINE,
     Step.REQUEST_KERNEL,
+    Step.REQUEST_TEMPLATE,
     Step.PREPARE_SGLANG,
     Step.COLLECT,
     Step.PUBLISH_DATASET,
@@ -270,6 +273,22 @@ D, R, S, C, PD, PC = (
         (WAITING, {"skip_workload": True}, (D,)),
         (INTEGRATED | DONE2 | {"sglang_pr_url": "u"}, {}, (C, PD, PC)),
         (SUPPORTED | {"sgl_status": "n/a"}, {}, (D, PD, PC)),
+        (INTEGRATED | NO_TEMPLATE, {}, (D, T, C, PD, PC)),
+        (INTEGRATED | NO_TEMPLATE | DONE2, {"phases": (2,)}, (T,)),
+        (INTEGRATED | NO_TEMPLATE | DONE2, {"phases": (3,)}, (C,)),
+        (
+            INTEGRATED | NO_TEMPLATE | DONE2 | DONE3 | {"fi_trace_template_request_url": "u"},
+            {},
+            (PD, PC),
+        ),
+        (WAITING | NO_TEMPLATE, {}, (D, T, S)),
+        (WAITING | {"fi_trace_template": True}, {}, (D, S)),
+        # A kernel that torch runs, and one that FlashInfer lacks: there is no API.
+        (SUPPORTED | NO_TEMPLATE | {"sgl_status": "n/a"}, {}, (D, PD, PC)),
+        (MISSING | NO_TEMPLATE, {}, (D, R, PD, PC)),
+        (NEEDS | MISSING, {}, (D, R, PD, PC)),
+        (NEEDS | MISSING | {"fi_issue_url": "u"}, {}, (D, R, PD, PC)),
+        (NEEDS | INTEGRATED, {"phases": (3, 4)}, ()),
     ],
 )
 def test_remaining_steps(
@@ -278,6 +297,15 @@ def test_remaining_steps(
     run = RunManifest(model_slug="m", hf_repo_id=None, date=dt.date(2026, 1, 1))
     request = OnboardRequest(model_name="m", workspace=tmp_path, **options)
     assert remaining_steps(run, KernelEntry.model_validate(entry), request) == steps
+
+
+@pytest.mark.parametrize("kind", [MISSING, WAITING | {"sglang_pr_url": "u"}, INTEGRATED])
+def test_state_of_a_kernel_that_needs_a_reference(kind: dict[str, object]) -> None:
+    run = RunManifest(model_slug="m", hf_repo_id=None, date=dt.date(2026, 1, 1))
+    entry = KernelEntry.model_validate(kind | NEEDS)
+    assert run.state(entry) == "needs_reference"
+    entry.error = "it broke"
+    assert run.state(entry) == "failed"
 
 
 def test_publishing_goes_on_with_the_second_pull_request(tmp_path: Path) -> None:
