@@ -91,6 +91,8 @@ def run(state, x, dt, A, B, C, D, dt_bias, state_batch_indices):
         pad_slot_id=-1,
         out=output,
     )
+    # The API computes an output for padding too.
+    output[state_batch_indices < 0] = 0
     return output, new_state
 """
 

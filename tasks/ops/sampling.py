@@ -174,6 +174,8 @@ def check(inputs, outputs, kernel):
     drawn = {}
     samples = outputs["samples"].tolist()
     for row, k, p, sample in zip(inputs["probs"], top_k, top_p, samples, strict=True):
+        if kernel and (p == 0 or ("top_k" in inputs and k == 0)):
+            continue  # A server passes neither, and FlashInfer's kernels mean nothing by them.
         stays = remaining(row, int(k), float(p))
         assert sample in stays, f"token {sample} was filtered out, {stays} were not"
         first = next(iter(stays))
