@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
 def define(
     *,
     manifest: Annotated[
-        Path | None, typer.Option(help="Run manifest: define what is new and record it there.")
+        Path | None,
+        typer.Option(help="Run manifest: define what is new (or --crosscheck), record it there."),
     ] = None,
     inventory: Annotated[
         Path | None, typer.Option(help="Output of `onboard inventory --json`: define what is new.")
@@ -60,12 +61,9 @@ def define(
     as_json: AsJson = False,
 ) -> int:
     """Write definitions and their reference tests, each proved, without a GPU (phase 2)."""
-    modes = {
-        "--manifest": manifest,
-        "--inventory": inventory,
-        "--agree": agree,
-        "--crosscheck": crosscheck,
-    }
+    modes = {"--inventory": inventory, "--agree": agree, "--crosscheck": crosscheck}
+    if crosscheck is None:
+        modes["--manifest"] = manifest
     given = [option for option, value in modes.items() if value is not None]
     if len(given) != 1:
         raise InputError(f"give one of {', '.join(modes)}; {' and '.join(given) or 'none'} given")
@@ -74,7 +72,7 @@ def define(
     if crosscheck is not None:
         if dumps is None:
             raise InputError("--crosscheck: needs --dumps, the dumped calls of the same run")
-        return _crosscheck(crosscheck, dumps, as_json=as_json)
+        return _crosscheck(crosscheck, dumps, manifest, as_json=as_json)
     if dataset is None:
         raise InputError("--dataset: missing; where should the definitions go?")
     names = [name.strip() for item in only or () for name in item.split(",") if name.strip()]
@@ -112,7 +110,7 @@ def _define(
     else:
         where = str(inventory)
         found = files.read_json_object(Path(where), "the inventory")
-        slug, entries = phase.kernels_of_inventory(found, where)
+        slug, entries = phase.kernels_of_inventory(found, where, dataset)
     entries = phase.chosen(entries, names, where)
     supplied = None if reference is None else files.read_text(reference, "the reference")
     with tempfile.TemporaryDirectory(prefix="onboard-define-") as folder:
@@ -178,11 +176,13 @@ def _print_agreement(found: Agreement) -> None:
     typer.echo(f"{found.equal} of {found.total} equal: {counts}")
 
 
-def _crosscheck(traces: Path, dumps: Path, *, as_json: bool) -> int:
+def _crosscheck(traces: Path, dumps: Path, manifest: Path | None, *, as_json: bool) -> int:
     from tasks.collect.dumps import read_calls
-    from tasks.define.crosscheck import crosscheck
+    from tasks.define.crosscheck import crosscheck, record
 
     found = crosscheck(traces, read_calls(dumps).calls)
+    if manifest is not None:
+        record(found, manifest)
     if as_json:
         typer.echo(json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False))
     else:

@@ -79,9 +79,9 @@ class Settings(BaseSettings):
         """Where pull requests and issues are put when they cannot be sent."""
         return self.workspace / "outbox"
 
-    def drafts(self, model_slug: str) -> Path:
-        """Return where a model's drafted definitions are kept until they are staged."""
-        return self.workspace / ".cache" / "drafts" / model_slug
+    def drafts(self, run: str) -> Path:
+        """Return where a run's drafted definitions are kept until they are staged."""
+        return self.workspace / ".cache" / "drafts" / run
 
     def provenance(self, model_slug: str, definition_name: str) -> Path:
         """Return the file that says what a definition's workloads were made of."""

@@ -99,10 +99,15 @@ def agree(root: Path) -> Agreement:
             provider = ops.op_module(spec.op_type).provider(spec)
             former = provider.former if isinstance(provider, FlashInferApi) else ()
             differ = list(differences(ours, published[name]))
+            siblings = [
+                definition
+                for other, definition in published.items()
+                if other != name and op_types[other] == spec.op_type
+            ]
             found += [
                 Disagreement(
                     definition=name,
-                    reason=_reason(difference, differ, former).value,
+                    reason=_reason(difference, differ, former, siblings).value,
                     **difference._asdict(),
                 )
                 for difference in differ
@@ -160,25 +165,34 @@ _ITS_AXIS = Difference("axes.batch_size", "var", None)
 """In a prefill over pages, only the length of kv_last_page_len uses the axis."""
 
 
-def _reason(difference: Difference, beside: list[Difference], former: tuple[str, ...]) -> Reason:
+def _reason(
+    difference: Difference,
+    beside: list[Difference],
+    former: tuple[str, ...],
+    siblings: list[Json],
+) -> Reason:
     """Return why two definitions differ in a field.
 
     Args:
         difference: the field.
         beside: all their differences.
         former: paths that our API had, or that the dataset has for it.
+        siblings: the other published definitions of the op type.
     """
     field, ours, theirs = difference
     if difference in (_TOO_LONG, _ITS_AXIS) and _TOO_LONG in beside:
         return Reason.LAST_PAGE
     if field == "constraints" and set(theirs) < set(ours):
-        return Reason.UNSTATED
+        stated = {text for sibling in siblings for text in sibling.get("constraints") or ()}
+        if set(ours) - set(theirs) <= stated:
+            return Reason.UNSTATED
     if field == "tags.fi_api":
         if theirs is None:
             return Reason.NO_API
         if theirs.removeprefix("fi_api:") in former:
             return Reason.FORMER_API
-        if ours and _is_alias(ours.removeprefix("fi_api:"), theirs.removeprefix("fi_api:")):
+        usual = any(ours in sibling["tags"] for sibling in siblings)
+        if usual and _is_alias(ours.removeprefix("fi_api:"), theirs.removeprefix("fi_api:")):
             return Reason.ALIAS
     return Reason.UNEXPLAINED
 

@@ -3,8 +3,7 @@
 It is the only place that imports torch, FlashInfer and FlashInfer-Bench, once for all kernels.
 Templates are called on meta tensors, so it needs no GPU and allocates nothing; references run in
 forks of it that may do nothing but compute (`jail.py`). Each kernel's answer is a file of its own,
-written as soon as it is known. Without the bench extra every kernel takes its op module's
-definition, unproved.
+written as soon as it is known. Without the bench extra nothing can be proved.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import time
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib.metadata import version
+from multiprocessing import connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ from tasks.ops.base import FlashInferApi, MetaTensor, OpModule, TemplateCall
 
 Json = dict[str, Any]
 _NOBODY = "op type {!r}: nobody has written a reference, and no trace template is trusted"
-_MOST_WORKERS = 4
+_FORKED = multiprocessing.get_context("fork")
+_MOST_FORKS = 4
 """Proofs of large kernels need some GB of memory each."""
 _PACKAGES = ("flashinfer-python", "flashinfer-bench", "torch")
 
@@ -53,8 +56,9 @@ class Bench:
             import flashinfer  # noqa: F401
             import torch
 
-            # As many processes as there are cores will share them.
+            # As many forks as there are cores will share them, and what they load late.
             torch.set_num_threads(1)
+            jail.warm_up()
         except Exception as error:  # FlashInfer runs device code at import on some hosts
             return cls(missing=f"{type(error).__name__}: {error}")
         return cls(versions={name: version(name) for name in _PACKAGES})
@@ -105,8 +109,6 @@ class Drafting:
         provider, own = module.provider(spec), module.definition(spec)
         notes: list[str] = []
         if order.supplied is not None:
-            if self.bench.missing:
-                raise DefinitionError(f"reference: cannot be proved here ({self.bench.missing})")
             supplied = Supplied.parse(order.supplied, own, module.reference_test)
             return self._proved(order, supplied.body, "supplied", supplied.family, notes)
         call = module.template_call(spec) if order.has_template else None
@@ -116,7 +118,8 @@ class Drafting:
             except DefinitionError as error:
                 notes.append(f"trace template not used: {error}")
         elif isinstance(provider, FlashInferApi):
-            notes.append("no trace template is trusted for this kernel")
+            has = "no trace template is trusted for this kernel"
+            notes.append(has if order.has_template else "FlashInfer has no trace template for it")
         if "reference" not in own:
             raise NeedsReferenceError(_NOBODY.format(spec.op_type))
         return self._proved(order, own, "op_module", module.reference_test, notes)
@@ -148,8 +151,10 @@ class Drafting:
             except ValueError as error:
                 raise DefinitionError(f"flashinfer_bench.data.Definition: {error}") from error
         if self.seconds and self.bench.missing:
-            notes = [*notes, f"not proved: {self.bench.missing}"]
-        elif self.seconds:
+            raise DefinitionError(
+                f"cannot be proved here ({self.bench.missing}); the extra `bench` has what it needs"
+            )
+        if self.seconds:
             limits = jail.Limits(seconds=self.seconds)
             if family == module.reference_test:
                 proved = proof.prove(definition, test, limits)
@@ -166,7 +171,7 @@ class Drafting:
         )
 
 
-def _answer(drafting: Drafting, order: Order, folder: Path) -> None:
+def _answer(drafting: Drafting, order: Order, path: Path) -> None:
     """Draft one kernel and write what came of it; its failure is its own answer."""
     try:
         answer = drafting.draft(order).model_dump(mode="json")
@@ -176,20 +181,49 @@ def _answer(drafting: Drafting, order: Order, folder: Path) -> None:
         answer = {"error": str(error)}
     except Exception as error:  # one kernel's is not the others'
         answer = {"error": f"unexpected {type(error).__name__}: {error}"}
-    files.write_json(folder / f"{order.spec.name}.json", answer)
+    files.write_json(path, answer)
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A process that drafts one kernel."""
+
+    process: ForkProcess
+    answer: Path
+    deadline: float
+
+    def ended(self) -> bool:
+        """Whether it has ended, or had to be ended; its answer is there then."""
+        late = time.monotonic() > self.deadline
+        if self.process.is_alive() and not late:
+            return False
+        self.process.kill()
+        self.process.join()
+        if not self.answer.exists():
+            status = self.process.exitcode or 0
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+            error = "took too long" if late else f"its process ended ({how}; out of memory?)"
+            files.write_json(self.answer, {"error": f"drafting: {error}"})
+        return True
 
 
 def main(request_path: str, folder: str) -> None:
-    """Draft every kernel of the request, a few at a time in forks that share the imports."""
+    """Draft every kernel of the request, each in a fork, a few at a time."""
     request = json.loads(Path(request_path).read_text())
     drafting = Drafting(Bench.load(), request["model_slug"], request["seconds"])
-    orders = [Order.model_validate(item) for item in request["orders"]]
-    workers = max(1, min(len(orders), len(os.sched_getaffinity(0)), _MOST_WORKERS))
-    forks = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=forks) as pool:
-        answers = [pool.submit(_answer, drafting, order, Path(folder)) for order in orders]
-    for answer in answers:
-        answer.result()
+    waiting = [Order.model_validate(item) for item in reversed(request["orders"])]
+    most = min(len(os.sched_getaffinity(0)), _MOST_FORKS)
+    forks: list[_Fork] = []
+    while waiting or forks:
+        while waiting and len(forks) < most:
+            order = waiting.pop()
+            answer = Path(folder, f"{order.spec.name}.json")
+            process = _FORKED.Process(target=_answer, args=(drafting, order, answer))
+            process.start()
+            deadline = time.monotonic() + request["seconds_per_kernel"]
+            forks.append(_Fork(process, answer, deadline))
+        connection.wait([fork.process.sentinel for fork in forks], timeout=1)
+        forks = [fork for fork in forks if not fork.ended()]
 
 
 if __name__ == "__main__":

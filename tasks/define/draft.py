@@ -16,6 +16,8 @@ from tasks.manifest import KernelEntry
 from tasks.ops.base import KernelSpec
 
 _SECONDS_IN_ALL, _SECONDS_EACH = 120, 60
+_CALLS = 3
+"""How many calls of its reference, at their longest, a kernel has the time for."""
 _MEMORY_GB = 64
 """Address space, not resident memory: torch maps far more than it touches."""
 
@@ -103,6 +105,7 @@ def draft_definitions(
     request = {
         "model_slug": model_slug,
         "seconds": seconds if prove else None,
+        "seconds_per_kernel": _CALLS * seconds,
         "orders": [order.model_dump(mode="json") for order in orders],
     }
     with tempfile.TemporaryDirectory(prefix="onboard-draft-") as folder:
@@ -111,7 +114,7 @@ def draft_definitions(
         drafts.mkdir(parents=True, exist_ok=True)
         outcome = sandbox.run_python(
             ["-m", "tasks.define.child", str(asked), str(drafts.absolute())],
-            timeout=_SECONDS_IN_ALL + seconds * len(orders),
+            timeout=_SECONDS_IN_ALL + _CALLS * seconds * len(orders),
             memory_gb=_MEMORY_GB,
             cwd=Path(folder),
         )
@@ -154,16 +157,26 @@ def stage_definition(name: str, op_type: str, drafts: Path, dataset: Path) -> Dr
     draft = read_draft(drafts, name)
     place = DefinitionFiles(op_type, name)
     staged = dataset / place.definition
-    if staged.exists():
-        draft.definition = _merged(
-            draft.definition, files.read_json_object(staged, "the staged definition")
-        )
-    files.write_text(dataset / place.reference_test, draft.test)
-    files.write_json(staged, draft.definition)
+    with files.locked(dataset):
+        if staged.exists():
+            earlier = files.read_json_object(staged, "the staged definition")
+            draft.definition = _merged(draft.definition, earlier, staged)
+        files.write_text(dataset / place.reference_test, draft.test)
+        files.write_json(staged, draft.definition)
     return draft
 
 
-def _merged(definition: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a definition with the tags of the same kernel staged for another model."""
-    tags = [*earlier["tags"], *definition["tags"]]
-    return {**definition, "tags": list(dict.fromkeys(tags))}
+_OF_MODELS = ("model:", "tp:", "ep:")
+
+
+def _merged(definition: dict[str, Any], earlier: Mapping[str, Any], staged: Path) -> dict[str, Any]:
+    """Return a definition with the models of the same kernel staged for another one.
+
+    Raises:
+        DefinitionError: what is staged is no definition.
+    """
+    tags = earlier.get("tags", [])
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise DefinitionError(f"{staged}: field tags: no list of texts")
+    theirs = [tag for tag in tags if tag.startswith(_OF_MODELS)]
+    return {**definition, "tags": list(dict.fromkeys((*definition["tags"], *theirs)))}

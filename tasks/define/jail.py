@@ -130,8 +130,8 @@ def run(
 
     Args:
         source: Python text.
-        arguments: what `run` is called with, by position; it may write to them without effect
-            here, unless they are tensors in shared memory.
+        arguments: what `run` is called with, by position; it must not write to them, and does so
+            without effect here, unless they are tensors in shared memory.
         constraints: expressions that must be true; evaluated before any of `source` is run.
         names: what they are about, axes and inputs by name.
         limits: what it may use.
@@ -144,7 +144,7 @@ def run(
         DefinitionError: it misbehaved, or there is no seccomp here; the text says which.
     """
     _seccomp()
-    _warm_up()
+    warm_up()
     reader, writer = os.pipe()
     caller, deadline = os.getpid(), time.monotonic() + limits.seconds
     with warnings.catch_warnings():
@@ -182,7 +182,7 @@ def _seccomp() -> Any:
 
 
 @functools.cache
-def _warm_up() -> None:
+def warm_up() -> None:
     """Load what references need and libraries load late: behind the filter they cannot."""
     import torch
 
@@ -438,12 +438,27 @@ def _check(constraints: Sequence[str], names: Mapping[str, Any]) -> None:
 
 
 def _call(source: str, arguments: Sequence[Any]) -> Any:
+    import torch
+
     module = ModuleType("reference")
     sys.modules["reference"] = module  # dataclasses look for theirs there
     exec(compile(source, "<reference>", "exec"), module.__dict__)  # noqa: S102  as above
     if not callable(getattr(module, "run", None)):
         raise _AnswerError("reference: defines no function named run")
-    return module.run(*arguments)
+    before = [_memory(value).clone() for value in arguments if isinstance(value, torch.Tensor)]
+    result = module.run(*arguments)
+    after = [_memory(value) for value in arguments if isinstance(value, torch.Tensor)]
+    if not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        # Whoever runs it next to a solution gives both the same inputs.
+        raise _AnswerError("reference: writes to its inputs")
+    return result
+
+
+def _memory(tensor: Any) -> Any:
+    """Return the bytes a tensor stands on: comparable also if NaN, and rows that overlap once."""
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 def _answer(result: Any, limits: Limits) -> tuple[dict[str, Any], bytes]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import manifest, settings
+from tasks.dataset import published_definitions
 from tasks.define.draft import (
     Draft,
     NeedsReferenceError,
@@ -57,8 +58,12 @@ def kernels_to_define(run: RunManifest) -> list[KernelEntry]:
     ]
 
 
-def kernels_of_inventory(inventory: dict[str, Any], source: str) -> tuple[str, list[KernelEntry]]:
+def kernels_of_inventory(
+    inventory: dict[str, Any], source: str, dataset: Path
+) -> tuple[str, list[KernelEntry]]:
     """Return the model's slug and the new kernels of an `onboard inventory --json`.
+
+    Those that were not compared with a dataset are new if `dataset` does not have them.
 
     Raises:
         InputError: it is none; the message names the field.
@@ -68,6 +73,7 @@ def kernels_of_inventory(inventory: dict[str, Any], source: str) -> tuple[str, l
         raise InputError(f"{source}: field model_slug: missing")
     if not isinstance(kernels, list):
         raise InputError(f"{source}: field kernels: missing, or no list")
+    published = published_definitions(dataset) if (dataset / "definitions").is_dir() else {}
     entries = []
     for index, kernel in enumerate(kernels):
         if not isinstance(kernel, dict) or not isinstance(kernel.get("spec"), dict):
@@ -75,8 +81,8 @@ def kernels_of_inventory(inventory: dict[str, Any], source: str) -> tuple[str, l
                 f"{source}: field kernels.{index}.spec: missing; this should be what "
                 "`onboard inventory --json` prints"
             )
-        # What was not compared with a dataset is new.
-        known = {**kernel, "phase1_status": kernel.get("phase1_status") or "new"}
+        status = "existing" if kernel.get("definition_name") in published else "new"
+        known = {**kernel, "phase1_status": kernel.get("phase1_status") or status}
         try:
             entry = KernelEntry.model_validate(
                 {key: value for key, value in known.items() if key in KernelEntry.model_fields}

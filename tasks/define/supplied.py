@@ -8,7 +8,9 @@ At its top level it has
 - `CASES` and `check`, an independent computation (`OpModule.reference_test` says in which form),
   where the op module has none.
 
-The file is hostile: it is only read here, and only ever run in the jail.
+The file is hostile: it is only read here, and this project only ever runs it in the jail. What it
+says as `CASES` and `check` is published as a reference test, which whoever reviews it should read
+before running it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tasks.errors import DefinitionError
 Json = dict[str, Any]
 _SCHEMA = ("description", "axes", "inputs", "outputs")
 _TEST = ("CASES", "check")
+_OUR_TAGS = ("status:", "model:", "fi_api:", "tp:", "ep:")
 _MAX_CHARACTERS = 200_000
 
 
@@ -52,10 +55,13 @@ class Supplied:
             tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise DefinitionError(f"reference: not Python ({error})") from error
-        top = {name: node for node in tree.body for name in _names(node)}
+        top: dict[str, list[ast.stmt]] = {}
+        for node in tree.body:
+            for name in _names(node):
+                top.setdefault(name, []).append(node)
         if "run" not in top:
             raise DefinitionError("reference: the file has no top-level function `run`")
-        schema = own or _schema(top.get("DEFINITION"))
+        schema = own or _schema(top.get("DEFINITION", []))
         wanted = [name for name in _TEST if name not in top]
         if not family and wanted:
             raise DefinitionError(
@@ -63,12 +69,14 @@ class Supplied:
                 "to prove the reference with"
             )
         reference = _without(source, top, ("DEFINITION", *_TEST))
-        test = family or _without(source, top, ("DEFINITION", "run"))
+        test = family or _without(source, top, ("DEFINITION", "run", "__future__"))
         return cls({"tags": [], **schema, "reference": reference}, test)
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """Return what a top-level statement defines."""
+    """Return what a top-level statement defines, or that it is about `__future__`."""
+    if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+        return ["__future__"]
     if isinstance(node, ast.FunctionDef):
         return [node.name]
     if isinstance(node, ast.Assign):
@@ -78,7 +86,8 @@ def _names(node: ast.stmt) -> list[str]:
     return []
 
 
-def _schema(node: ast.stmt | None) -> Json:
+def _schema(nodes: list[ast.stmt]) -> Json:
+    node = nodes[0] if len(nodes) == 1 else None
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         raise DefinitionError(
             "reference: no op module knows this kernel, and the file has no literal "
@@ -91,16 +100,18 @@ def _schema(node: ast.stmt | None) -> Json:
     missing = [key for key in _SCHEMA if not isinstance(value, dict) or not value.get(key)]
     if missing:
         raise DefinitionError(f"reference: DEFINITION has no {', '.join(missing)}")
+    ours = [tag for tag in value.get("tags", []) if str(tag).startswith(_OUR_TAGS)]
+    if ours:
+        raise DefinitionError(f"reference: DEFINITION has tags that are not its own: {ours}")
     known = (*_SCHEMA, "constraints", "tags")
     return {key: value[key] for key in known if key in value}
 
 
-def _without(source: str, top: dict[str, ast.stmt], names: tuple[str, ...]) -> str:
+def _without(source: str, top: dict[str, list[ast.stmt]], names: tuple[str, ...]) -> str:
     """Return the source without the statements that define `names`."""
     lines = source.splitlines(keepends=True)
-    for name in names:
-        node = top.get(name)
-        if node is not None and node.end_lineno is not None:
+    for node in (node for name in names for node in top.get(name, ())):
+        if node.end_lineno is not None:
             decorators = getattr(node, "decorator_list", [])
             first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
             lines[first - 1 : node.end_lineno] = [""] * (node.end_lineno - first + 1)

@@ -20,7 +20,7 @@ from tasks.step import step
 def draft(path: Path, names: list[str]) -> None:
     """Draft the definitions of several kernels; what failed is reported when they are staged."""
     run = manifest.load(path)
-    drafts = settings.load_settings(path.parent).drafts(run.model_slug)
+    drafts = settings.load_settings(path.parent).drafts(path.stem)
     results = draft_all([run.kernel(name) for name in names], run.model_slug, drafts)
     proved = sum(result.draft is not None for result in results)
     get_run_logger().info("drafted %d of %d definitions", proved, len(names))
@@ -34,7 +34,7 @@ def define(path: Path, name: str) -> str:
         DefinitionError: the kernel could not be drafted.
     """
     options = settings.load_settings(path.parent)
-    drafts = options.drafts(manifest.load(path).model_slug)
+    drafts = options.drafts(path.stem)
     made = stage_and_record(path, name, drafts, options.clone("flashinfer_trace"))
     get_run_logger().info("%s defined by %s", name, made)
     return made

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tasks import manifest
 from tasks.collect.dumps import read_calls
-from tasks.define.crosscheck import Crosscheck, Verdict, crosscheck
+from tasks.define.crosscheck import Crosscheck, Verdict, crosscheck, record
 from tasks.errors import InputError
 from tests.conftest import DATA
 
@@ -113,7 +114,12 @@ def alone(name: str, change: Callable[[Json], Any], folder: Path, calls: Path) -
         (
             "gqa_ragged_h8_kv2_d128.json",
             lambda d: d["inputs"]["k"].update(dtype="float16"),
-            "k is float16 in the template, bfloat16 in the op module",
+            "inputs.k.dtype: ours bfloat16, dumped float16",
+        ),
+        (
+            "gqa_ragged_h8_kv2_d128.json",
+            lambda d: d["constraints"].append("total_q == total_kv"),
+            "constraints: ours ['total_q == qo_indptr",
         ),
         (
             "rmsnorm_h512.json",
@@ -164,3 +170,24 @@ def test_a_damaged_file_stops_no_other(tmp_path: Path, calls: Path) -> None:
 def test_a_folder_without_definitions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no dumped definitions"):
         crosscheck(tmp_path, [])
+
+
+def test_a_disagreement_is_its_kernels_failure(tmp_path: Path, calls: Path) -> None:
+    dumped = json.loads((TRACES / "llama" / "rmsnorm_h512.json").read_text())
+    dumped["inputs"]["weight"]["dtype"] = "float16"
+    (traces := tmp_path / "traces").mkdir()
+    (traces / "rmsnorm_h512.json").write_text(json.dumps(dumped))
+    run = tmp_path / "onboard_m_20260101.json"
+    kernels = [
+        {"definition_name": name, "op_type": "rmsnorm", "phase1_status": "new"}
+        for name in ("rmsnorm_h512", "rmsnorm_h1024")
+    ]
+    run.write_text(
+        json.dumps(
+            {"model_slug": "m", "hf_repo_id": None, "date": "2026-01-01", "kernels": kernels}
+        )
+    )
+    record(crosscheck(traces, read_calls(calls / "llama").calls), run)
+    failed, other = manifest.load(run).kernels
+    assert "inputs.weight.dtype: ours bfloat16, dumped float16" in str(failed.error)
+    assert other.error is None

@@ -22,6 +22,7 @@ from tasks.define.draft import (
 from tasks.define.reference_test import render
 from tasks.errors import DefinitionError, InputError
 from tasks.manifest import KernelEntry
+from tests.conftest import DATA
 from tests.unit.test_collect import definition_of
 from tests.unit.test_ops import PUBLISHED, specs
 
@@ -229,6 +230,31 @@ def test_models_that_share_a_kernel_add_up_in_its_tags(tmp_path: Path) -> None:
     assert staged.definition["tags"] == ["status:verified", "model:one", "model:two"]
 
 
+def test_only_the_models_of_what_is_staged_are_kept(tmp_path: Path) -> None:
+    (drafts := tmp_path / "drafts").mkdir()
+    drafted = {
+        "definition": {"name": "x", "tags": ["fi_api:new", "status:verified", "model:two"]},
+        "method": "op_module",
+        "notes": [],
+        "test": "",
+        "proof": [],
+        "versions": {},
+    }
+    (drafts / "x.json").write_text(json.dumps(drafted))
+    staged = tmp_path / "dataset" / "definitions" / "gemm" / "x.json"
+    staged.parent.mkdir(parents=True)
+    old = ["fi_api:old", "status:unverified", "model:one", "tp:2"]
+    staged.write_text(json.dumps({"tags": old}))
+    made = stage_definition("x", "gemm", drafts, tmp_path / "dataset")
+    assert made.definition["tags"] == [
+        *("fi_api:new", "status:verified", "model:two"),
+        *("model:one", "tp:2"),
+    ]
+    staged.write_text(json.dumps({"tags": "none"}))
+    with pytest.raises(DefinitionError, match="x.json: field tags"):
+        stage_definition("x", "gemm", drafts, tmp_path / "dataset")
+
+
 def inventory_json(**changes: Any) -> dict[str, Any]:
     kernel = {
         "definition_name": "rmsnorm_h2048",
@@ -240,11 +266,17 @@ def inventory_json(**changes: Any) -> dict[str, Any]:
 
 
 def test_kernels_of_an_inventory() -> None:
-    slug, (entry,) = phase.kernels_of_inventory(inventory_json(), "i.json")
+    slug, (entry,) = phase.kernels_of_inventory(inventory_json(), "i.json", DATA)
     assert slug == "m"
     assert entry.phase1_status == "new"
+    # A dataset that has it already is not written over.
+    found = phase.kernels_of_inventory(inventory_json(), "i.json", DATA / "mini-trace")
+    assert found == ("m", [])
     existing = {**inventory_json()["kernels"][0], "phase1_status": "existing"}
-    assert phase.kernels_of_inventory(inventory_json(kernels=[existing]), "i.json") == ("m", [])
+    assert phase.kernels_of_inventory(inventory_json(kernels=[existing]), "i.json", DATA) == (
+        "m",
+        [],
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +293,7 @@ def test_kernels_of_an_inventory() -> None:
 )
 def test_what_is_no_inventory_names_its_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        phase.kernels_of_inventory(inventory_json(**changes), "i.json")
+        phase.kernels_of_inventory(inventory_json(**changes), "i.json", DATA)
     assert str(caught.value).startswith(message)
 
 
