@@ -185,7 +185,7 @@ def _answer(drafting: Drafting, order: Order, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Fork:
+class Fork:
     """A process that drafts one kernel."""
 
     process: ForkProcess
@@ -213,7 +213,7 @@ def main(request_path: str, folder: str) -> None:
     drafting = Drafting(Bench.load(), request["model_slug"], request["seconds"])
     waiting = [Order.model_validate(item) for item in reversed(request["orders"])]
     most = min(len(os.sched_getaffinity(0)), _MOST_FORKS)
-    forks: list[_Fork] = []
+    forks: list[Fork] = []
     while waiting or forks:
         while waiting and len(forks) < most:
             order = waiting.pop()
@@ -221,7 +221,7 @@ def main(request_path: str, folder: str) -> None:
             process = _FORKED.Process(target=_answer, args=(drafting, order, answer))
             process.start()
             deadline = time.monotonic() + request["seconds_per_kernel"]
-            forks.append(_Fork(process, answer, deadline))
+            forks.append(Fork(process, answer, deadline))
         connection.wait([fork.process.sentinel for fork in forks], timeout=1)
         forks = [fork for fork in forks if not fork.ended()]
 

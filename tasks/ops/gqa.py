@@ -284,11 +284,12 @@ def hide(inputs, slots):
 PAGED_TEST = '''\
 PAGE = CONST["page_size"]
 # Queries and keys of each sequence: a partly filled last page, an empty sequence, one token, a page
-# exactly, one token more.
-SEQUENCES = [(1, 2 * PAGE + 3), (1, 0), (1, 1), (1, PAGE), (1, PAGE + 1)]
+# exactly, one token more, and keys for several tiles of a kernel whatever the page.
+SEQUENCES = [(1, 2 * PAGE + 3), (1, 0), (1, 1), (1, PAGE), (1, PAGE + 1), (1, 203)]
 if VARIANT == "prefill":
     # No cached prefix, an empty sequence, one token, nothing new, and queries behind a prefix.
     SEQUENCES = [(3, 3), (0, 0), (1, 1), (0, 5), (2, PAGE + 1), (4, 2 * PAGE + 3), (1, PAGE)]
+    SEQUENCES.append((2, 203))
 
 
 def paged(sequences):
@@ -349,8 +350,8 @@ def check(inputs, outputs, kernel):
 
 RAGGED_TEST = """\
 # Queries and keys of each sequence: no cached prefix, an empty sequence, one token, nothing new,
-# queries behind a prefix.
-SEQUENCES = [(3, 3), (0, 0), (1, 1), (0, 5), (2, 9), (7, 70), (1, 8)]
+# queries behind a prefix, one of which is several tiles of a kernel long.
+SEQUENCES = [(3, 3), (0, 0), (1, 1), (0, 5), (2, 9), (7, 203), (1, 8)]
 
 
 def ragged(sequences):

@@ -304,7 +304,32 @@ def grouped_logits(generator, count):
         # The first token's experts are this rank's, as far as they can be, the last one's not.
         values[0, rank] += 2
         values[-1, rank] = -4 - torch.rand(LOCAL, generator=generator)
+    if count > 1 and kept < groups and size > 1:
+        values[count // 2] = decided_by_two(generator, few)
     return values
+
+
+def decided_by_two(generator, few):
+    """Return a token's logits by which the best two of each group keep other groups than the best.
+
+    In this rank's group two experts are good, the rank's first one among them. In another group a
+    single one is better. One of these groups is kept; so are further ones for one better and one
+    fair expert. Biases differ by less than all that.
+    """
+    groups, kept = CONSTANTS["n_group"], CONSTANTS["topk_group"]
+    size = EXPERTS // groups
+    own = OFFSET // size
+    alone, *others = [group for group in range(groups) if group != own]
+    others = others[: kept - 1]
+    row = -6 - torch.rand(EXPERTS, generator=generator)
+    for group in [own, *others]:
+        # So that the choice ends between experts that differ.
+        row[[group * size + i for i in few]] = -2 + torch.rand(len(few), generator=generator)
+    for group in others:
+        row[group * size], row[group * size + 1] = 5, 0
+    row[alone * size] = 5
+    row[[OFFSET, OFFSET + 1 if (OFFSET + 1) % size else OFFSET - 1]] = 1
+    return row
 
 
 def packed(generator, count):

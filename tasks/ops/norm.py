@@ -107,10 +107,11 @@ def rows(count):
     if VARIANT == "fused_add_rmsnorm":
         inputs["residual"] = 3 * random(generator, count, hidden)
     inputs["weight"] = random(generator, hidden)
-    # A row of zeros and one so small that epsilon decides.
+    # A row so small that epsilon matters, and one of zeros behind others.
     for tensor in list(inputs.values())[:-1]:
-        tensor[-1] = 0
         tensor[0] *= 0.001
+        if count > 1:
+            tensor[-1] = 0
     return inputs
 
 

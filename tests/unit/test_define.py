@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks import ops, sandbox
-from tasks.define import draft, phase
+from tasks.define import child, draft, phase
 from tasks.define.check import check_definition
 from tasks.define.compare import differences
 from tasks.define.draft import (
@@ -312,3 +316,30 @@ def test_a_kernel_of_a_known_op_type_without_its_spec_is_an_error(tmp_path: Path
     (result,) = phase.draft_all([entry], "m", tmp_path)
     assert result.state == "failed"
     assert "the manifest has no `spec`; run phase 1 again" in result.error
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_ever() -> None:
+    signal.pause()
+
+
+@pytest.mark.parametrize(
+    ("target", "deadline", "message"),
+    [
+        (die, float("inf"), "its process ended (killed by SIGKILL"),
+        (wait_for_ever, 0.0, "took too long"),
+    ],
+)
+def test_a_fork_that_dies_or_hangs_is_its_kernels_error(
+    target: Callable[[], None], deadline: float, message: str, tmp_path: Path
+) -> None:
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    fork = child.Fork(process, tmp_path / "x.json", deadline)
+    while not fork.ended():
+        process.join(1)
+    assert message in json.loads((tmp_path / "x.json").read_text())["error"]
+    assert not process.is_alive()

@@ -136,11 +136,21 @@ def test_views_and_gradients_come_back_as_plain_tensors() -> None:
         assert not got.requires_grad
 
 
-def test_arguments_stay_as_they_are() -> None:
+@pytest.mark.parametrize(
+    "body",
+    ["x.add_(1); return x.clone()", "x[1:].view(-1).fill_(1); return x + 1", "x.data[0] = 1"],
+)
+def test_writing_to_an_argument_is_refused_and_has_no_effect_here(body: str) -> None:
     x = torch.zeros(4)
-    (got,) = jail.run("def run(x): return x.add_(1)", [x])
-    assert torch.equal(got, torch.ones(4))
+    with pytest.raises(DefinitionError, match="reference: writes to its inputs"):
+        jail.run(f"def run(x): {body}", [x])
     assert not x.any()
+
+
+def test_arguments_of_nan_and_of_overlapping_rows_are_compared_as_bytes() -> None:
+    x = torch.full((8,), float("nan"))
+    (got,) = jail.run("def run(x): return x[0].isnan().all()", [x.as_strided((3, 4), (2, 1))])
+    assert got.item()
 
 
 def test_constraints() -> None:

@@ -96,6 +96,11 @@ GQA_WRONG = {
         "k_b.repeat_interleave(num_qo_heads // num_kv_heads, dim=1)",
         "k_b.repeat(1, num_qo_heads // num_kv_heads, 1)",
     ),
+    "window of 128": (
+        "< lengths[:, None]\n",
+        "< lengths[:, None]\n"
+        "        visible = visible.triu(k_b.shape[0] - q_b.shape[0] - 127)\n",
+    ),
 }
 NEXT_KEY = {"next key seen": ("+ 1 + k_b.shape[0]", "+ 2 + k_b.shape[0]")}
 FROM_THE_START = {"aligned at the start": (" + k_b.shape[0] - q_b.shape[0]", "")}
@@ -118,6 +123,7 @@ CAUSAL_WRONG = {
     "not causal": ("~visible.tril(keys - queries)", "~visible"),
     "next key seen": ("tril(keys - queries)", "tril(keys - queries + 1)"),
     "aligned at the start": ("tril(keys - queries)", "tril()"),
+    "window of 128": ("tril(keys - queries)", "tril(keys - queries).triu(keys - queries - 127)"),
 }
 SPARSE_WRONG = {
     **MLA_WRONG,

@@ -152,6 +152,10 @@ MUTATIONS = [
         "new_state[i], read = _step(state[i].float()",
     ),
     ("gdn_prefill", "state.float().clone()", "torch.zeros_like(state)"),
+    # Inputs that are written to.
+    ("gdn_prefill", "state.float().clone()", "state.float()"),
+    ("mamba", "state.clone()", "state"),
+    ("lightning_attn_prefill", "state.clone()", "state"),
     (
         "gdn_mtp",
         "initial_state[initial_state_indices.to(torch.long)]",
@@ -208,6 +212,8 @@ MUTATIONS = [
     ),
     ("_ng8_kg4_e64", "masked_fill(~allowed", "masked_fill(~torch.ones_like(allowed)"),
     ("_ng8_kg4_e64", "k=min(2, groups.shape[-1])", "k=1"),
+    ("_ng8_kg4_e32", "k=min(2, groups.shape[-1])", "k=1"),
+    ("_ng8_kg4_e32", ".values.sum(dim=-1)", ".values.max(dim=-1).values"),
     ("_ng8_kg4_e64", "torch.gather(scores", "torch.gather(biased"),
     ("_ng8_kg4_e64", "(probabilities.sum(dim=-1, keepdim=True) + 1e-20)", "1"),
     ("_ng8_kg4_e64", "* float(routed_scaling_factor)", ""),
