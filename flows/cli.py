@@ -148,7 +148,7 @@ def _until_interrupted() -> None:
 
 
 def _print_report(report: Report) -> None:
-    from tasks.manifest import Route
+    from tasks.manifest import NEEDS_REFERENCE, Route
 
     rows = [report.row(entry) for entry in report.run.kernels]
     for row in rows:
@@ -157,10 +157,15 @@ def _print_report(report: Report) -> None:
     for entry in report.run.kernels:
         if entry.error:
             typer.secho(f"failed: {entry.error}", fg="red")
+        elif report.run.state(entry) == NEEDS_REFERENCE:
+            typer.echo(f"needs a reference: {entry.definition_name}: {report.reason(entry)}")
         elif report.run.state(entry) == "waiting":
             typer.echo(f"waiting: {entry.definition_name} for {entry.sglang_pr_url}")
         elif entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
             typer.echo(f"requested: {entry.definition_name}: {entry.fi_issue_url}")
+        if entry.fi_trace_template_request_url:
+            url = entry.fi_trace_template_request_url
+            typer.echo(f"template requested: {entry.definition_name}: {url}")
     for item in report.not_produced:
         typer.echo(f"not produced: {item}")
     typer.echo(f"Report: {report.counts}")

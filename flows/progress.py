@@ -19,6 +19,7 @@ _SECONDS = 0.3
 _STYLE = {
     "failed": "red",
     "waiting": "yellow",
+    "needs_reference": "yellow",
     "published": "green",
     "existing": "dim",
     "collected": "cyan",

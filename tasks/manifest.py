@@ -65,6 +65,10 @@ class KernelEntry(BaseModel):
     phase2_method: str | None = None
     phase2_notes: list[str] | None = None
     """Ours: what phase 2 has to say, such as what a reference lacks."""
+    phase2_proof: list[str] | None = None
+    """Ours: the cases in which the reference agreed with an independent computation."""
+    phase2_versions: dict[str, str] | None = None
+    """Ours: the packages the definition was made and proved with."""
     phase3_status: str | None = None
     workload_entries: int | None = Field(default=None, ge=0)
 
