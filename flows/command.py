@@ -6,6 +6,7 @@ Prefect takes two seconds to import, so each command imports what it needs when 
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -47,11 +48,19 @@ class _Warnings(logging.Handler):
         typer.echo(f"onboard: warning: {record.getMessage()}", err=True)
 
 
+def _terminated(number: int, frame: object) -> None:
+    """Leave as Ctrl-C does: with temporary folders and child processes cleaned up."""
+    del frame
+    raise SystemExit(128 + number)
+
+
 def reported(command: Callable[P, int]) -> Callable[P, None]:
     """Print a command's error as one line on standard error; exit with its code or its result."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminated)
         log = logging.getLogger("tasks")
         if not log.handlers:
             log.addHandler(_Warnings(logging.WARNING))

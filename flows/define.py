@@ -76,6 +76,10 @@ def define(
     if dataset is None:
         raise InputError("--dataset: missing; where should the definitions go?")
     names = [name.strip() for item in only or () for name in item.split(",") if name.strip()]
+    if only and not names:
+        raise InputError("--only: names no definition")
+    if dataset.exists() and not dataset.is_dir():
+        raise InputError(f"--dataset: {dataset} is no folder")
     if reference is not None and len(names) != 1:
         raise InputError("--reference: is for one kernel; name it with --only")
     return _define(
@@ -151,6 +155,7 @@ def _print(results: Sequence[Result], slug: str, dataset: Path, *, dry_run: bool
             typer.echo(f"{result.name}: {note.removeprefix(f'{result.name}: ')}")
     defined = sum(result.draft is not None for result in results)
     what = "dry run, nothing written" if dry_run else f"written to {dataset}"
+    what = what if defined else "nothing written"
     typer.echo(f"{defined} of {len(results)} defined; {what}")
 
 
@@ -180,6 +185,8 @@ def _crosscheck(traces: Path, dumps: Path, manifest: Path | None, *, as_json: bo
     from tasks.collect.dumps import read_calls
     from tasks.define.crosscheck import crosscheck, record
 
+    if not dumps.is_dir():
+        raise InputError(f"--dumps: {dumps} is no folder")
     found = crosscheck(traces, read_calls(dumps).calls)
     if manifest is not None:
         record(found, manifest)

@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from tasks.errors import InputError
@@ -66,6 +66,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_inside(root: Path, *folders: PurePath) -> None:
+    """Check that folders below `root`, as far as they exist, are not links to elsewhere.
+
+    Raises:
+        InputError: one is.
+    """
+    for folder in folders:
+        if not (root / folder).resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{root / folder}: leads out of {root}")
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tasks import dataset, files, ops
-from tasks.dataset import DefinitionFiles
+from tasks import files, ops
 from tasks.define.compare import Difference, differences
 from tasks.define.draft import Order, draft_definitions, read_draft
 from tasks.errors import DefinitionError, InputError
@@ -38,7 +37,8 @@ class Reason(Enum):
     ALIAS = "the dataset is inconsistent: the same API by another public path than its siblings'"
     NO_API = "the dataset is inconsistent: the published definition has no fi_api tag"
     NOT_READABLE = "the published file is no definition"
-    NOT_REGENERATED = "not regenerated: no op module here makes definitions of this name"
+    CONTRADICTS = "the published name and const axes do not say one kernel of the op type"
+    NOT_REGENERATED = "not regenerated: no op module here makes definitions of this op type"
     UNEXPLAINED = "unexplained: one of the two is wrong"
 
 
@@ -74,69 +74,86 @@ def agree(root: Path) -> Agreement:
     Raises:
         InputError: `root` is no dataset.
     """
-    published: dict[str, Json] = {}
-    specs: dict[str, KernelSpec] = {}
-    found: list[Disagreement] = []
-    op_types = dataset.published_definitions(root)
-    if not op_types:
+    if not (root / "definitions").is_dir():
+        raise InputError(f"{root}: has no definitions/ folder; it should be a dataset")
+    paths = sorted((root / "definitions").glob("*/*.json"))
+    if not paths:
         raise InputError(f"{root}: has no definitions")
-    for name, op_type in sorted(op_types.items(), key=lambda item: (item[1], item[0])):
+    published: dict[Path, Json] = {}
+    specs: dict[Path, KernelSpec] = {}
+    found: dict[Path, list[Disagreement]] = {path: [] for path in paths}
+    for path in paths:
         try:
-            published[name] = _read(root, op_type, name)
-            specs[name] = ops.op_module(op_type).spec_of(published[name])
-        except (InputError, DefinitionError) as error:
-            reason = Reason.NOT_REGENERATED if name in published else Reason.NOT_READABLE
-            found.append(_missing(name, reason, str(error)))
+            published[path] = _read(path)
+            specs[path] = ops.op_module(path.parent.name).spec_of(published[path])
+        except InputError as error:
+            reason = Reason.NOT_REGENERATED if path in published else Reason.NOT_READABLE
+            found[path] = [_missing(path, reason, str(error))]
+        except DefinitionError as error:
+            found[path] = [_missing(path, Reason.CONTRADICTS, str(error))]
     with tempfile.TemporaryDirectory(prefix="onboard-agree-") as folder:
         drafts = Path(folder)
         draft_definitions([Order(spec=s) for s in specs.values()], "agree", drafts, prove=False)
-        for name, spec in specs.items():
-            try:
-                ours = read_draft(drafts, name).definition
-            except DefinitionError as error:
-                found.append(_missing(name, Reason.UNEXPLAINED, str(error)))
-                continue
-            provider = ops.op_module(spec.op_type).provider(spec)
-            former = provider.former if isinstance(provider, FlashInferApi) else ()
-            differ = list(differences(ours, published[name]))
+        for path, spec in specs.items():
             siblings = [
                 definition
                 for other, definition in published.items()
-                if other != name and op_types[other] == spec.op_type
+                if other != path and other.parent == path.parent
             ]
-            found += [
-                Disagreement(
-                    definition=name,
-                    reason=_reason(difference, differ, former, siblings).value,
-                    **difference._asdict(),
-                )
-                for difference in differ
-            ]
-    unequal = {item.definition for item in found if Reason(item.reason) not in _NOT_STRUCTURAL}
-    counts = {
-        op_type: [name not in unequal for name, other in op_types.items() if other == op_type]
-        for op_type in sorted(set(op_types.values()))
+            found[path] = _compared(path, spec, drafts, published[path], siblings)
+    equal = {
+        path: all(Reason(item.reason) in _NOT_STRUCTURAL for item in items)
+        for path, items in found.items()
     }
+    op_types = sorted({path.parent.name for path in paths})
+    counts = {op: [equal[path] for path in paths if path.parent.name == op] for op in op_types}
     return Agreement(
-        equal=len(op_types) - len(unequal),
-        total=len(op_types),
+        equal=sum(equal.values()),
+        total=len(paths),
         by_op_type={op_type: f"{sum(same)}/{len(same)}" for op_type, same in counts.items()},
-        differences=sorted(found, key=lambda item: (item.definition, item.field)),
+        differences=sorted(
+            (item for items in found.values() for item in items),
+            key=lambda item: (item.definition, item.field),
+        ),
     )
 
 
-def _read(root: Path, op_type: str, name: str) -> Json:
+def _compared(
+    path: Path, spec: KernelSpec, drafts: Path, theirs: Json, siblings: list[Json]
+) -> list[Disagreement]:
+    """Compare a published definition with the one drafted for its name and axes."""
+    try:
+        ours = read_draft(drafts, spec.name).definition
+    except DefinitionError as error:
+        return [_missing(path, Reason.UNEXPLAINED, str(error))]
+    provider = ops.op_module(spec.op_type).provider(spec)
+    former = provider.former if isinstance(provider, FlashInferApi) else ()
+    differ = list(differences(ours, theirs))
+    return [
+        Disagreement(
+            definition=spec.name,
+            reason=_reason(difference, differ, former, siblings).value,
+            **difference._asdict(),
+        )
+        for difference in differ
+    ]
+
+
+def _read(path: Path) -> Json:
     """Read a published definition.
 
     Raises:
         InputError: it is none.
     """
-    path = root / DefinitionFiles(op_type, name).definition
     definition = files.read_json_object(path, "the definition")
     parts: Mapping[str, type] = {"name": str, "axes": dict, "inputs": dict, "outputs": dict}
-    for key, kind in {**parts, "reference": str, "tags": list}.items():
+    for key, kind in {**parts, "reference": str}.items():
         if not isinstance(definition.get(key), kind):
             raise InputError(f"{path}: field {key}: missing or no {kind.__name__}")
+    for key in ("constraints", "tags"):
+        texts = definition.setdefault(key, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}: field {key}: no list of texts")
     for part in ("axes", "inputs", "outputs"):
         for key, value in definition[part].items():
             if not isinstance(value, dict):
@@ -144,17 +161,18 @@ def _read(root: Path, op_type: str, name: str) -> Json:
     for axis, value in definition["axes"].items():
         if value.get("type") == "const" and type(value.get("value")) is not int:
             raise InputError(f"{path}: field axes.{axis}: const value {value.get('value')!r}")
-    if definition["name"] != name:
-        raise InputError(f"{path}: field name: {definition['name']!r} is not the file's")
+    for key, said in (("name", path.stem), ("op_type", path.parent.name)):
+        if definition.get(key) != said:
+            raise InputError(f"{path}: field {key}: {definition.get(key)!r}, by its path {said!r}")
     return definition
 
 
-def _missing(name: str, reason: Reason, detail: str) -> Disagreement:
+def _missing(path: Path, reason: Reason, detail: str) -> Disagreement:
     return Disagreement(
-        definition=name,
+        definition=path.stem,
         field="definition",
         ours=None,
-        theirs=name,
+        theirs=path.stem,
         reason=reason.value,
         detail=detail,
     )

@@ -7,6 +7,7 @@ These are the rules of `flashinfer_bench.data.Definition` plus the ones it leave
 from __future__ import annotations
 
 import ast
+import json
 from typing import Any
 
 from tasks.errors import DefinitionError
@@ -66,6 +67,39 @@ def _check_reference(source: str, inputs: Any) -> None:
         raise DefinitionError(f"reference: run takes {names}, the inputs are {list(inputs)}")
 
 
+_IN_CONSTRAINTS = (
+    *(ast.Expression, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator),
+    *(ast.UnaryOp, ast.unaryop, ast.Name, ast.Load, ast.Constant, ast.Subscript, ast.Tuple),
+)
+
+
+def _texts(definition: dict[str, Any], key: str) -> list[str]:
+    texts = definition.get(key) or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DefinitionError(f"{key}: {texts!r} is no list of texts")
+    return texts
+
+
+def _check_constraint(constraint: str, known: set[str]) -> None:
+    """Check that a constraint only compares: whoever evaluates it runs it as Python."""
+    try:
+        tree = ast.parse(constraint, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DefinitionError(f"constraints: {constraint!r} is no expression") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id not in known:
+            raise DefinitionError(f"constraints: {constraint!r}: {node.id} is no axis and no input")
+        if not (isinstance(node, _IN_CONSTRAINTS) or _reads_a_tensor(node)):
+            raise DefinitionError(f"constraints: {constraint!r} does more than compare")
+
+
+def _reads_a_tensor(node: ast.AST) -> bool:
+    """Whether a node is `x.shape`, `x.item` or `x.item()`."""
+    if isinstance(node, ast.Call):
+        return not (node.args or node.keywords) and _reads_a_tensor(node.func)
+    return isinstance(node, ast.Attribute) and node.attr in {"item", "shape"}
+
+
 def check_definition(definition: dict[str, Any]) -> None:
     """Check a definition's structure.
 
@@ -87,9 +121,12 @@ def check_definition(definition: dict[str, Any]) -> None:
     both = sorted(inputs.keys() & outputs.keys())
     if both:
         raise DefinitionError(f"outputs: {', '.join(both)} is an input too")
-    for constraint in definition.get("constraints", []):
-        try:
-            ast.parse(constraint, mode="eval")
-        except SyntaxError as error:
-            raise DefinitionError(f"constraints: {constraint!r} is no expression") from error
+    known = axes.keys() | inputs.keys()
+    for constraint in _texts(definition, "constraints"):
+        _check_constraint(constraint, known)
+    _texts(definition, "tags")
+    try:
+        json.dumps(definition, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DefinitionError(f"not JSON, or not Unicode text ({error})") from error
     _check_reference(definition["reference"], inputs)

@@ -32,6 +32,7 @@ from tasks.define.repair import finish, repair
 from tasks.define.supplied import Supplied
 from tasks.errors import DefinitionError
 from tasks.ops.base import FlashInferApi, MetaTensor, OpModule, TemplateCall
+from tasks.sandbox import die_with_parent
 
 Json = dict[str, Any]
 _NOBODY = "op type {!r}: nobody has written a reference, and no trace template is trusted"
@@ -149,7 +150,8 @@ class Drafting:
             try:
                 Definition.model_validate(definition)
             except ValueError as error:
-                raise DefinitionError(f"flashinfer_bench.data.Definition: {error}") from error
+                said = " | ".join(line.strip() for line in str(error).splitlines()[1:3])
+                raise DefinitionError(f"flashinfer_bench.data.Definition: {said}") from error
         if self.seconds and self.bench.missing:
             raise DefinitionError(
                 f"cannot be proved here ({self.bench.missing}); the extra `bench` has what it needs"
@@ -173,6 +175,7 @@ class Drafting:
 
 def _answer(drafting: Drafting, order: Order, path: Path) -> None:
     """Draft one kernel and write what came of it; its failure is its own answer."""
+    die_with_parent()
     try:
         answer = drafting.draft(order).model_dump(mode="json")
     except NeedsReferenceError as error:
@@ -202,7 +205,7 @@ class Fork:
         if not self.answer.exists():
             status = self.process.exitcode or 0
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-            error = "took too long" if late else f"its process ended ({how}; out of memory?)"
+            error = "took too long" if late else f"its process ended ({how})"
             files.write_json(self.answer, {"error": f"drafting: {error}"})
         return True
 

@@ -132,6 +132,7 @@ def _compared(shown: str, dumped: Json, spec: KernelSpec) -> Verdict:
     own = module.definition(spec)
     corrected: tuple[str, ...] = ()
     try:
+        harvested(dumped)  # its form is checked before anything reads it
         theirs, corrected = module.as_called(dumped, spec)
         # Helpers that an older FlashInfer left out of the reference change nothing here.
         repaired = harvested(theirs).definition

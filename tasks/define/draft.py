@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import files, ops, sandbox
 from tasks.dataset import DefinitionFiles
@@ -67,8 +67,14 @@ def order_of(entry: KernelEntry, supplied: str | None = None) -> Order:
     if entry.spec is not None:
         try:
             spec = KernelSpec.model_validate(entry.spec)
-        except ValueError as error:
-            raise DefinitionError(f"{name}: field spec of the manifest: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, ("spec", *first["loc"])))
+            raise DefinitionError(f"{name}: field {field}: {first['msg']}") from error
+        for field, said, meant in (("name", spec.name, name), ("op_type", spec.op_type, op_type)):
+            if said != meant:
+                raise DefinitionError(f"{name}: field spec.{field}: {said!r}, expected {meant!r}")
+        ops.family(op_type).check_name(spec)
     elif op_type in ops.registry():
         raise DefinitionError(f"{name}: the manifest has no `spec`; run phase 1 again")
     else:
@@ -158,6 +164,7 @@ def stage_definition(name: str, op_type: str, drafts: Path, dataset: Path) -> Dr
     place = DefinitionFiles(op_type, name)
     staged = dataset / place.definition
     with files.locked(dataset):
+        files.check_inside(dataset, place.definition.parent, place.reference_test.parent)
         if staged.exists():
             earlier = files.read_json_object(staged, "the staged definition")
             draft.definition = _merged(draft.definition, earlier, staged)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tasks import manifest, settings
 from tasks.dataset import published_definitions
 from tasks.define.draft import (
@@ -21,6 +23,7 @@ from tasks.define.draft import (
     write_failure,
 )
 from tasks.errors import DefinitionError, InputError
+from tasks.files import safe_name
 from tasks.manifest import DONE, NEEDS_REFERENCE, KernelEntry, Route, RunManifest
 
 
@@ -69,8 +72,9 @@ def kernels_of_inventory(
         InputError: it is none; the message names the field.
     """
     slug, kernels = inventory.get("model_slug"), inventory.get("kernels")
-    if not isinstance(slug, str) or not slug:
-        raise InputError(f"{source}: field model_slug: missing")
+    if not isinstance(slug, str):
+        raise InputError(f"{source}: field model_slug: missing, or no text")
+    safe_name(slug, f"{source}: field model_slug")
     if not isinstance(kernels, list):
         raise InputError(f"{source}: field kernels: missing, or no list")
     published = published_definitions(dataset) if (dataset / "definitions").is_dir() else {}
@@ -87,8 +91,11 @@ def kernels_of_inventory(
             entry = KernelEntry.model_validate(
                 {key: value for key, value in known.items() if key in KernelEntry.model_fields}
             )
-        except ValueError as error:
-            raise InputError(f"{source}: field kernels.{index}: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, ("kernels", index, *first["loc"])))
+            reason = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{source}: field {field}: {reason}") from error
         if entry.route is not Route.NOTHING:
             entries.append(entry)
     return slug, entries

@@ -24,10 +24,20 @@ _MAX_CASES = 50
 _JAILED = """
 
 def run(case):
+    globals().pop("run", None)  # the published test has none
+    if not isinstance(CASES, dict):
+        raise TypeError("CASES is no dict of case name -> function")
     if case is None:
         return len(CASES)
-    prove(list(CASES)[case])
-    return True
+    name = list(CASES)[case]
+    prove(name)
+    result = load(DEFINITION["reference"])(*CASES[name]().values())
+    results = result if isinstance(result, tuple | list) else (result,)
+    try:
+        verify(CASES[name](), [(output.double() + 1).to(output.dtype) for output in results])
+    except AssertionError:
+        return True
+    raise AssertionError("check accepts outputs that are wrong by one")
 """
 
 

@@ -19,6 +19,7 @@ import ast
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.define.repair.syntax import lines_of
 from tasks.errors import DefinitionError
 
 Json = dict[str, Any]
@@ -100,7 +101,10 @@ def _schema(nodes: list[ast.stmt]) -> Json:
     missing = [key for key in _SCHEMA if not isinstance(value, dict) or not value.get(key)]
     if missing:
         raise DefinitionError(f"reference: DEFINITION has no {', '.join(missing)}")
-    ours = [tag for tag in value.get("tags", []) if str(tag).startswith(_OUR_TAGS)]
+    tags = value.get("tags", [])
+    if not isinstance(tags, list):
+        raise DefinitionError(f"reference: DEFINITION.tags is {tags!r}, expected a list")
+    ours = [tag for tag in tags if str(tag).startswith(_OUR_TAGS)]
     if ours:
         raise DefinitionError(f"reference: DEFINITION has tags that are not its own: {ours}")
     known = (*_SCHEMA, "constraints", "tags")
@@ -109,10 +113,10 @@ def _schema(nodes: list[ast.stmt]) -> Json:
 
 def _without(source: str, top: dict[str, list[ast.stmt]], names: tuple[str, ...]) -> str:
     """Return the source without the statements that define `names`."""
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     for node in (node for name in names for node in top.get(name, ())):
         if node.end_lineno is not None:
             decorators = getattr(node, "decorator_list", [])
             first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-            lines[first - 1 : node.end_lineno] = [""] * (node.end_lineno - first + 1)
-    return "".join(lines).strip() + "\n"
+            lines[first - 1 : node.end_lineno] = [b""] * (node.end_lineno - first + 1)
+    return b"".join(lines).decode().strip() + "\n"

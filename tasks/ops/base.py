@@ -276,6 +276,22 @@ class OpModule(ABC):
             return self.restored(definition, variant, axes, said)
         raise DefinitionError(f"{name}: not a name of op type {self.op_type!r}")
 
+    def check_name(self, spec: KernelSpec) -> None:
+        """Check that a spec's name says its axes, as those of `required` do.
+
+        Raises:
+            DefinitionError: it does not.
+        """
+        known = {**spec.constants, **spec.axes}
+        for pattern in self.names.values():
+            said = said_by_name(pattern, spec.name)
+            if said is not None and all(known.get(key) == value for key, value in said.items()):
+                return
+        if self.names:
+            raise DefinitionError(
+                f"{spec.name}: not the name of a kernel of op type {self.op_type!r} with {known}"
+            )
+
     def restored(
         self,
         definition: Json,
@@ -294,8 +310,12 @@ class OpModule(ABC):
         Raises:
             DefinitionError: it lacks something that decides the kernel.
         """
+        named = {axis: n for axis, n in said.items() if isinstance(n, int)}
         return KernelSpec(
-            name=definition["name"], op_type=self.op_type, variant=variant, axes=dict(axes)
+            name=definition["name"],
+            op_type=self.op_type,
+            variant=variant,
+            axes={**named, **axes},
         )
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:

@@ -705,8 +705,8 @@ class FusedMoe(OpModule):
         primary = {
             "num_experts": axes.get("num_experts", local),
             "num_local_experts": local,
-            "hidden_size": axes["hidden_size"],
-            "intermediate_size": axes["intermediate_size"],
+            "hidden_size": int(said["hidden_size"]),
+            "intermediate_size": int(said["intermediate_size"]),
         }
         constants = {key: said[key] for key in ("n_group", "topk_group") if key in said}
         if "top_k" in axes:

@@ -197,6 +197,38 @@ def test_what_is_wrong_with_a_dataset_is_in_the_answer(some: Path) -> None:
     assert "op type 'kda' has no module" in found.differences[1].detail
 
 
+@pytest.mark.bench_extra
+def test_every_damage_is_one_definition_less(some: Path) -> None:
+    definitions = some / "definitions"
+    norm = definitions / "rmsnorm" / "rmsnorm_h2048.json"
+    gemm = json.loads((definitions / "gemm" / "gemm_n6144_k4096.json").read_text())
+
+    def put(name: str, **changes: Any) -> None:
+        path = definitions / "gemm" / f"{name}.json"
+        path.write_text(json.dumps({**gemm, "name": name, **changes}))
+
+    put("gemm_n1_k4096", constraints=[1])
+    put("gemm_n2_k4096", tags=5)
+    put("gemm_n3_k4096", op_type="rmsnorm")
+    put("gemm_n4_k4096")  # its axes say 6144
+    var = {**gemm["axes"], "N": {"type": "var"}}
+    put("gemm_n5_k4096", axes=var)
+    shutil.copy(norm, definitions / "gemm" / norm.name)
+    (definitions / "gemm" / "gemm_n6_k1.json").symlink_to("nowhere")
+    found = agree(some)
+    assert (found.equal, found.total) == (3, 10)
+    told = {item.definition: (item.field, item.reason) for item in found.differences}
+    assert told == {
+        "gemm_n1_k4096": ("definition", Reason.NOT_READABLE.value),
+        "gemm_n2_k4096": ("definition", Reason.NOT_READABLE.value),
+        "gemm_n3_k4096": ("definition", Reason.NOT_READABLE.value),
+        "gemm_n4_k4096": ("definition", Reason.CONTRADICTS.value),
+        "gemm_n5_k4096": ("axes.N", Reason.UNEXPLAINED.value),
+        "gemm_n6_k1": ("definition", Reason.NOT_READABLE.value),
+        "rmsnorm_h2048": ("definition", Reason.NOT_READABLE.value),
+    }
+
+
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no definitions/ folder"):
         agree(tmp_path)

@@ -20,6 +20,7 @@ from tasks.define.draft import (
     Draft,
     Order,
     draft_definitions,
+    order_of,
     read_draft,
     stage_definition,
 )
@@ -70,6 +71,13 @@ GOOD = PUBLISHED["rmsnorm_h2048"]
         ({"inputs": {"x y": {"shape": None, "dtype": "int32"}}}, "not an identifier"),
         ({"outputs": {"weight": {"shape": None, "dtype": "int32"}}}, "weight is an input too"),
         ({"constraints": ["a =="]}, "is no expression"),
+        ({"constraints": "a"}, "constraints: 'a' is no list of texts"),
+        ({"constraints": ["other > 1"]}, "other is no axis and no input"),
+        ({"constraints": ["weight.tofile('x')"]}, "does more than compare"),
+        ({"constraints": ["[hidden_size for _ in ()]"]}, "does more than compare"),
+        ({"constraints": ["__import__('os').system('x')"]}, "does more than compare"),
+        ({"tags": [5]}, "tags: [5] is no list of texts"),
+        ({"description": "\ud800"}, "not Unicode text"),
         ({"reference": "def go(): ..."}, "0 top-level functions named run"),
         ({"reference": "def run(weight, hidden_states): ..."}, "run takes"),
         ({"reference": "def run(*args): ..."}, "run takes"),
@@ -309,6 +317,53 @@ def test_only_names_that_are_there_can_be_chosen() -> None:
     assert phase.chosen(entries, [], "x") == entries
     with pytest.raises(InputError, match="--only: d is not among the 3 kernels"):
         phase.chosen(entries, ["a", "d"], "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "rmsnorm_h1024"}, "field spec.name: 'rmsnorm_h1024', expected 'rmsnorm_h2048'"),
+        ({"op_type": "gemm"}, "field spec.op_type: 'gemm', expected 'rmsnorm'"),
+        ({"axes": {"hidden_size": 7}}, "not the name of a kernel of op type 'rmsnorm' with"),
+        ({"axes": {}}, "not the name of a kernel of op type 'rmsnorm' with"),
+        ({"axes": {"hidden_size": "wide"}}, "field spec.axes.hidden_size: Input should be"),
+        ({"more": 1}, "field spec.more: Extra inputs are not permitted"),
+    ],
+)
+def test_a_spec_that_is_another_kernels_names_its_field(
+    changes: dict[str, Any], message: str
+) -> None:
+    spec = {**specs("Qwen--Qwen3-30B-A3B")["rmsnorm_h2048"].model_dump(mode="json"), **changes}
+    entry = KernelEntry(
+        definition_name="rmsnorm_h2048", op_type="rmsnorm", phase1_status="new", spec=spec
+    )
+    with pytest.raises(DefinitionError) as caught:
+        order_of(entry)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["Qwen--Qwen3-30B-A3B", "deepseek-ai--DeepSeek-V3.2"])
+def test_every_kernel_of_a_model_has_the_name_of_its_axes(config: str) -> None:
+    for spec in specs(config, tp=8, ep=8).values():
+        ops.op_module(spec.op_type).check_name(spec)
+
+
+def test_nothing_is_staged_through_a_link_out_of_the_dataset(tmp_path: Path) -> None:
+    drafted = {
+        "definition": {"name": "x", "tags": []},
+        "method": "op_module",
+        "notes": [],
+        "test": "",
+        "proof": [],
+        "versions": {},
+    }
+    (tmp_path / "x.json").write_text(json.dumps(drafted))
+    for folder in ("dataset", "outside"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dataset" / "definitions").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="leads out of"):
+        stage_definition("x", "gemm", tmp_path, tmp_path / "dataset")
+    assert not list((tmp_path / "outside").iterdir())
 
 
 def test_a_kernel_of_a_known_op_type_without_its_spec_is_an_error(tmp_path: Path) -> None:

@@ -98,8 +98,7 @@ GQA_WRONG = {
     ),
     "window of 128": (
         "< lengths[:, None]\n",
-        "< lengths[:, None]\n"
-        "        visible = visible.triu(k_b.shape[0] - q_b.shape[0] - 127)\n",
+        "< lengths[:, None]\n        visible = visible.triu(k_b.shape[0] - q_b.shape[0] - 127)\n",
     ),
 }
 NEXT_KEY = {"next key seen": ("+ 1 + k_b.shape[0]", "+ 2 + k_b.shape[0]")}

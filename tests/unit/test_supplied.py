@@ -105,6 +105,13 @@ def order(name: str, source: str) -> Order:
 HOSTILE = {
     "adds": ("* factor[:, None]", "+ factor[:, None]", "proof: case 1: reference: AssertionError"),
     "forgets": ("* factor[:, None]", "", "not close"),
+    "accepts_anything": (
+        "    assert_close(",
+        "    (lambda *a, **k: 0)(",
+        "accepts outputs that are",
+    ),
+    "has_no_cases": ("CASES = {", "CASES = [] and {", "CASES is no dict"),
+    "runs_in_its_check": ("    expected = ", "    run(1)\n    expected = ", "name 'run' is not"),
     "loops": ("return _helper(x)", "while True: pass\n    return x", "did not finish in 5 s"),
     "writes": ("return _helper(x)", "open('left', 'w')\n    return x", "may not open"),
     "lacks_an_input": ("def run(x, factor)", "def run(x)", "run takes ['x'], the inputs are"),
@@ -118,7 +125,7 @@ HOSTILE = {
 def drafts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A right file and all wrong ones, drafted together: none stops the others."""
     folder = tmp_path_factory.mktemp("drafts")
-    orders = [order("right", WHOLE)]
+    orders = [order("right", f"# form feed \f, line separator \u2028\n{WHOLE}")]
     for name, (old, new, _) in HOSTILE.items():
         assert old in WHOLE
         orders.append(order(name, WHOLE.replace(old, new, 1)))
