@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tasks import ops
 from tasks.collect.dumps import read_calls
 from tasks.collect.sanitize import sanitize
+from tasks.define.agree import agree
+from tasks.define.draft import Order, draft_definitions
 from tasks.discover.inventory import requirements
 from tasks.discover.phase import inventory, read_sources
 from tasks.model import Serving, read_config
@@ -107,12 +111,29 @@ def discovery(workspace: Path, cache: Path) -> None:
     line("phase 1: all of one model, warm", whole, baseline, grep)
 
 
+def definitions(drafts: Path) -> None:
+    """Measure phase 2: all definitions of a model drafted and proved, and a dataset regenerated."""
+    imports = [sys.executable, "-c", "import torch, flashinfer, flashinfer_bench.data"]
+    alone = best(lambda: subprocess.run(imports, check=True, capture_output=True), 2)
+    for config in (
+        "Qwen--Qwen3-30B-A3B",
+        "deepseek-ai--DeepSeek-V3.2",
+        "MiniMaxAI--MiniMax-M1-80k",
+    ):
+        orders = [Order(spec=spec) for spec in specs(config, tp=8, ep=8).values()]
+        whole = best(partial(draft_definitions, orders, "bench", drafts), 1)
+        name = config.partition("--")[2]
+        line(f"phase 2: {len(orders)} of {name}", whole, "its imports alone", alone)
+    line("phase 2: 156 regenerated", best(lambda: agree(DATA / "mini-trace"), 1), "imports", alone)
+
+
 def main() -> None:
-    """Measure phase 1 and phase 3 on the sample's sources and dumps."""
+    """Measure phases 1 to 3 on the sample's sources and dumps."""
     with tempfile.TemporaryDirectory(prefix="onboard-bench-") as folder:
         workspace, cache = Path(folder, "workspace"), Path(folder, "cache")
         make_sample(workspace, print)
         discovery(workspace, cache)
+        definitions(Path(folder, "drafts"))
         kernels = specs("Qwen--Qwen3-30B-A3B")
 
         dumps = workspace / "dumps" / "qwen3-30b-a3b"
