@@ -111,10 +111,12 @@ def _define(
     if manifest is not None:
         run = manifests.load(manifest)
         slug, entries, where = run.model_slug, phase.kernels_to_define(run), str(manifest)
+        done = len(run.kernels) - len(entries)
     else:
         where = str(inventory)
         found = files.read_json_object(Path(where), "the inventory")
         slug, entries = phase.kernels_of_inventory(found, where, dataset)
+        done = len(found["kernels"]) - len(entries)
     entries = phase.chosen(entries, names, where)
     supplied = None if reference is None else files.read_text(reference, "the reference")
     with tempfile.TemporaryDirectory(prefix="onboard-define-") as folder:
@@ -128,11 +130,14 @@ def _define(
             "model_slug": slug,
             "dataset": str(dataset),
             "dry_run": dry_run,
+            "there_already": done,
             "kernels": [result.as_json() for result in results],
         }
         typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
     else:
         _print(results, slug, dataset, dry_run=dry_run)
+        if done:
+            typer.echo(f"{done} more are there already")
     states = {result.state for result in results}
     return 1 if "failed" in states else 3 if manifests.NEEDS_REFERENCE in states else 0
 
