@@ -8,6 +8,7 @@ from prefect import get_run_logger
 
 from tasks import manifest, settings
 from tasks.define.phase import draft_all, stage_and_record
+from tasks.manifest import NEEDS_REFERENCE
 from tasks.step import step
 
 
@@ -36,5 +37,6 @@ def define(path: Path, name: str) -> str:
     options = settings.load_settings(path.parent)
     drafts = options.drafts(path.stem)
     made = stage_and_record(path, name, drafts, options.clone("flashinfer_trace"))
-    get_run_logger().info("%s defined by %s", name, made)
+    what = "needs a reference" if made == NEEDS_REFERENCE else f"defined by {made}"
+    get_run_logger().info("%s %s", name, what)
     return made
