@@ -73,6 +73,9 @@ _IN_CONSTRAINTS = (
 )
 
 
+_FUNCTIONS = frozenset({"abs", "max", "min"})
+
+
 def _texts(definition: dict[str, Any], key: str) -> list[str]:
     texts = definition.get(key) or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -87,15 +90,17 @@ def _check_constraint(constraint: str, known: set[str]) -> None:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DefinitionError(f"constraints: {constraint!r} is no expression") from error
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id not in known:
+        if isinstance(node, ast.Name) and node.id not in known | _FUNCTIONS:
             raise DefinitionError(f"constraints: {constraint!r}: {node.id} is no axis and no input")
         if not (isinstance(node, _IN_CONSTRAINTS) or _reads_a_tensor(node)):
             raise DefinitionError(f"constraints: {constraint!r} does more than compare")
 
 
 def _reads_a_tensor(node: ast.AST) -> bool:
-    """Whether a node is `x.shape`, `x.item` or `x.item()`."""
+    """Whether a node is `x.shape`, `x.item`, `x.item()` or a call like `max(m, n)`."""
     if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Name):
+            return node.func.id in _FUNCTIONS and not node.keywords
         return not (node.args or node.keywords) and _reads_a_tensor(node.func)
     return isinstance(node, ast.Attribute) and node.attr in {"item", "shape"}
 

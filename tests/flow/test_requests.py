@@ -140,7 +140,7 @@ class Served:
 @pytest.mark.timeout(600)
 def test_a_served_kernel_is_paused_until_somebody_gives_its_reference(tmp_path: Path) -> None:
     path = run_with_a_foreign_kernel(tmp_path)
-    drafts = settings.load_settings(tmp_path).drafts("m")
+    drafts = settings.load_settings(tmp_path).drafts(path.stem)
     phase.draft_all([manifest.load(path).kernel(FOREIGN)], "m", drafts)
     with get_client(sync_client=True) as client:
         served = Served(client, path)
