@@ -4,6 +4,25 @@ Every message names the file, field or value at fault and what to do about it; i
 (no token, no traceback). `exit_code` is what the command line returns for it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+def first_problem(error: ValidationError, *below: str | int) -> tuple[str, str]:
+    """Return the field that a model refuses first, dotted, and why.
+
+    Args:
+        error: what pydantic raised.
+        below: where the model stands in the file.
+    """
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in (*below, *first["loc"]))
+    return field, first["msg"].removeprefix("Value error, ")
+
 
 class OnboardError(Exception):
     """Base of all errors whose message is meant for the user."""

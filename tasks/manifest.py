@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks import files
-from tasks.errors import ManifestError
+from tasks.errors import ManifestError, first_problem
 
 _FILE_NAME = re.compile(r"onboard_(?P<slug>.+)_(?P<date>\d{8})\.json")
 _LOCK_SECONDS = 60
@@ -196,9 +196,7 @@ def load(path: Path) -> RunManifest:
     try:
         manifest = RunManifest.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
+        field, reason = first_problem(error)
         raise ManifestError(f"{path}: field {field}: {reason}") from error
     named = _FILE_NAME.fullmatch(path.name)
     if named and named["slug"] != manifest.model_slug:

@@ -54,7 +54,8 @@ class Bench:
         """Import them, without a network."""
         try:
             jail.deny_network()
-            import flashinfer  # noqa: F401
+            import flashinfer  # noqa: F401  for all forks, as the next one
+            import flashinfer_bench.data  # noqa: F401
             import torch
 
             # As many forks as there are cores will share them, and what they load late.

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tasks import files, manifest, ops
 from tasks.define.compare import differences
 from tasks.define.repair import fi_api, finish, harvested
+from tasks.define.repair.answer import read_answer
 from tasks.errors import DefinitionError, InputError
 from tasks.ops.base import Call, FlashInferApi, KernelSpec, OpModule
 
@@ -132,7 +133,7 @@ def _compared(shown: str, dumped: Json, spec: KernelSpec) -> Verdict:
     own = module.definition(spec)
     corrected: tuple[str, ...] = ()
     try:
-        harvested(dumped)  # its form is checked before anything reads it
+        read_answer(dumped)  # its form is checked before anything else reads it
         theirs, corrected = module.as_called(dumped, spec)
         # Helpers that an older FlashInfer left out of the reference change nothing here.
         repaired = harvested(theirs).definition

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import files, ops, sandbox
 from tasks.dataset import DefinitionFiles
-from tasks.errors import DefinitionError, OnboardError
+from tasks.errors import DefinitionError, OnboardError, first_problem
 from tasks.manifest import KernelEntry
 from tasks.ops.base import KernelSpec
 
@@ -49,7 +49,7 @@ class Draft(BaseModel):
     method: str
     """`trace_template`, `op_module` or `supplied`."""
     notes: list[str]
-    """What was repaired, and why a template was not used."""
+    """Why a trace template was not used."""
     test: str
     """The source of its reference test."""
     proof: list[str]
@@ -68,9 +68,8 @@ def order_of(entry: KernelEntry, supplied: str | None = None) -> Order:
         try:
             spec = KernelSpec.model_validate(entry.spec)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, ("spec", *first["loc"])))
-            raise DefinitionError(f"{name}: field {field}: {first['msg']}") from error
+            field, reason = first_problem(error, "spec")
+            raise DefinitionError(f"{name}: field {field}: {reason}") from error
         for field, said, meant in (("name", spec.name, name), ("op_type", spec.op_type, op_type)):
             if said != meant:
                 raise DefinitionError(f"{name}: field spec.{field}: {said!r}, expected {meant!r}")

@@ -38,9 +38,10 @@ from types import MappingProxyType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from tasks.errors import DefinitionError
+from tasks.sandbox import die_with_parent
 
 _PIPE = 3
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_PR_SET_DUMPABLE = 4
 _MAX_TEXT = 500
 _MAX_HEADER = 1 << 16
 _MAX_VALUES = 256
@@ -378,7 +379,7 @@ def _lock_down(caller: int, limits: Limits) -> int:
     import torch
 
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != caller:  # it died before that
         os._exit(1)
     os.setsid()

@@ -22,7 +22,7 @@ from tasks.define.draft import (
     stage_definition,
     write_failure,
 )
-from tasks.errors import DefinitionError, InputError
+from tasks.errors import DefinitionError, InputError, first_problem
 from tasks.files import safe_name
 from tasks.manifest import DONE, NEEDS_REFERENCE, KernelEntry, Route, RunManifest
 
@@ -92,9 +92,7 @@ def kernels_of_inventory(
                 {key: value for key, value in known.items() if key in KernelEntry.model_fields}
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, ("kernels", index, *first["loc"])))
-            reason = first["msg"].removeprefix("Value error, ")
+            field, reason = first_problem(error, "kernels", index)
             raise InputError(f"{source}: field {field}: {reason}") from error
         if entry.route is not Route.NOTHING:
             entries.append(entry)
