@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from string import Formatter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -103,6 +104,20 @@ class FlashInferApi:
     """The SGLang file that would call it, relative to the repository."""
     former: tuple[str, ...] = ()
     """Paths that published tags have for it and that are wrong by now."""
+    reads: tuple[str, ...] = ()
+    """Parameters, of whichever of `dumps`, whose values rows store or check; of all other tensors
+    a row needs at most the shape and the dtype."""
+    prefill: Literal["", "paged", "ragged"] = ""
+    """Which way of prefilling SGLang must be in for this call; empty if it is in either."""
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """What of `dumps` a serving session records: plans, where there are any.
+
+        A plan is a few hundred bytes, a wrapper's run writes the layer's whole KV pool.
+        """
+        plans = tuple(name for name in self.dumps if name.endswith(".plan"))
+        return plans or self.dumps
 
 
 @dataclass(frozen=True)
@@ -154,8 +169,13 @@ class Tensor(Protocol):
         """Its dimensions."""
         ...
 
+    @property
+    def dtype(self) -> str:
+        """Its data type as definitions have it (`int32`, `bfloat16`)."""
+        ...
+
     def load(self) -> np.ndarray:
-        """Read the data.
+        """Read the data; `bfloat16` and 8-bit floats come as `ml_dtypes` types.
 
         Raises:
             DumpError: the file is truncated or lacks the tensor.
@@ -179,6 +199,16 @@ class Call(Protocol):
     @property
     def process(self) -> str:
         """The serving process, unique across the sessions read together."""
+        ...
+
+    @property
+    def self_id(self) -> int | None:
+        """The wrapper object it was called on, unique within its process; None for functions."""
+        ...
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph recorded the call, so that it did not run when it was made."""
         ...
 
     @property
@@ -206,6 +236,8 @@ class Row:
     """Inputs stored with their values (index tensors, routing tensors)."""
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     calls: tuple[str, ...] = ()
+    remake: Callable[[], Row] | None = field(default=None, compare=False, repr=False)
+    """Makes the row again from its dump, so that whoever holds many need not hold their tensors."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +255,7 @@ def rows_of(
     for call in calls:
         if call.name == name:
             try:
-                yield make(call)
+                yield replace(make(call), remake=partial(make, call))
             except DumpError as error:
                 yield Rejected(call.id, str(error))
 
@@ -252,6 +284,8 @@ class OpModule(ABC):
     """
     names: ClassVar[Mapping[str, str]] = {}
     """Variant -> its definitions' names, a format string over const axes and constants."""
+    placement: ClassVar[frozenset[str]] = frozenset({"num_pages"})
+    """Var axes that say where data lay, not how much there was: no measure of diversity."""
 
     def name_of(
         self, variant: str, axes: Mapping[str, int], constants: Mapping[str, Any] | None = None
