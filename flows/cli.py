@@ -6,25 +6,30 @@ Prefect takes two seconds to import, so each command imports what it needs when 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import define, explore
+from flows import define, evaluate, explore, sanitize
 from flows import validate as validate_command
-from flows.command import AsJson, Workspace, app, print_table, reported
+from flows.command import AsJson, Workspace, app, integers, print_table, reported
 from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
     from flows.report import Report
+    from tasks.collect.request import CollectRequest
     from tasks.request import OnboardRequest
 
 explore.register(app)
 define.register(app)
 validate_command.register(app)
+sanitize.register(app)
+evaluate.register(app)
 
 
 @app.command("run")
@@ -188,6 +193,157 @@ def _dry_run(request: OnboardRequest) -> int:
         if steps:
             typer.echo(f"  {entry.definition_name}: {', '.join(step.value for step in steps)}")
     return 0
+
+
+@app.command("collect")
+@reported
+def collect_workloads(
+    *,
+    manifest: Annotated[Path, typer.Option(help="Run manifest; its folder is the workspace.")],
+    definitions: Annotated[
+        list[str] | None,
+        typer.Option(help="Definitions, comma-separated or repeated [default: all without rows]."),
+    ] = None,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Requests at a time, wave by wave.")
+    ] = "1,8,32,64,128",
+    dataset_kind: Annotated[str, typer.Option(help="Prompts: random or sharegpt.")] = "random",
+    dataset_path: Annotated[Path | None, typer.Option(help="ShareGPT-format file.")] = None,
+    isl: Annotated[
+        int | None, typer.Option(help="Input length in tokens [default: 1024 and 8192].")
+    ] = None,
+    osl: Annotated[int | None, typer.Option(help="Output length [default: 1024].")] = None,
+    random_range_ratio: Annotated[
+        float, typer.Option(help="Shortest random length, as a share of the longest.")
+    ] = 0.5,
+    rounds: Annotated[int, typer.Option(help="Times each wave is sent.")] = 2,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same requests.")] = 0,
+    model_path: Annotated[
+        str | None, typer.Option(help="Folder or repository to serve [default: the manifest's].")
+    ] = None,
+    server_flag: Annotated[
+        list[str] | None,
+        typer.Option(help="More server arguments, e.g. --server-flag='--load-format dummy'."),
+    ] = None,
+    server_env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the server's environment.")
+    ] = None,
+    nnodes: Annotated[int, typer.Option(help="Hosts that serve the model together.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="Which of them this one is.")] = 0,
+    dist_init_addr: Annotated[str, typer.Option(help="host:port of the first of them.")] = "",
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Record norms, sampling, MoE with every layer.")
+    ] = False,
+    record_runs: Annotated[
+        bool, typer.Option("--record-runs", help="Record attention's runs beside its plans.")
+    ] = False,
+    keep_dumps: Annotated[
+        bool, typer.Option("--keep-dumps", help="Keep what FlashInfer dumped.")
+    ] = False,
+    max_workloads: Annotated[int | None, typer.Option(help="Rows per definition at most.")] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Print the sessions; start nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Serve a model on this host's GPUs and collect workloads from its calls (phase 3)."""
+    from tasks.collect.request import parse_request
+
+    names = [name.strip() for item in definitions or () for name in item.split(",")]
+    request = parse_request(
+        manifest=manifest.absolute(),
+        definitions=tuple(name for name in names if name),
+        batch_sizes=integers(batch_sizes, "--batch-sizes"),
+        dataset_kind=dataset_kind,
+        dataset_path=dataset_path.absolute() if dataset_path else None,
+        isl=isl,
+        osl=osl,
+        random_range_ratio=random_range_ratio,
+        rounds=rounds,
+        seed=seed,
+        model_path=model_path,
+        server_flags=tuple(server_flag or ()),
+        server_env=_variables(server_env or ()),
+        nnodes=nnodes,
+        node_rank=node_rank,
+        dist_init_addr=dist_init_addr,
+        all_layers=all_layers,
+        record_runs=record_runs,
+        keep_dumps=keep_dumps,
+        max_workloads=max_workloads,
+    )
+    return _plan_only(request, as_json) if plan_only else _collect(request, as_json)
+
+
+def _variables(texts: Sequence[str]) -> dict[str, str]:
+    """Read NAME=VALUE texts.
+
+    Raises:
+        InputError: one is not of this form.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, _ in pairs:
+        if not equals or not name.isidentifier():
+            raise InputError(f"--server-env: {name!r} is not NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _plan_only(request: CollectRequest, as_json: bool) -> int:
+    from flows.collect import plan_sessions
+    from tasks import model
+    from tasks.collect.plan import estimate, shown
+
+    plan, path = plan_sessions(request)
+    config = model.read_config(path)
+    one_by_one = plan.launches_one_by_one(len(request.batch_sizes))
+    if as_json:
+        found = {
+            "sessions": [shown(session, config) for session in plan.sessions],
+            "not_collected": plan.not_collected,
+            "launches": len(plan.sessions),
+            "launches_one_by_one": one_by_one,
+        }
+        typer.echo(json.dumps(found, indent=2))
+        return 0
+    for session in plan.sessions:
+        expected = estimate(session, config)
+        typer.echo(f"{session.id}: {session.mode.replace('_', ' ')}, {session.tp} GPU(s)")
+        typer.echo(f"  flags: {shlex.join(session.flags)}")
+        for name, value in session.env.items():
+            typer.echo(f"  env: {name}={value}")
+        for name, calls in expected.calls.items():
+            typer.echo(f"  records: {name}, about {calls} calls")
+        typer.echo(
+            f"  estimate: {expected.seconds / 60:.0f} min, {expected.recorded_mb:.0f} MB recorded"
+        )
+        for name in session.definitions:
+            typer.echo(f"  {name}")
+    for name, reason in plan.not_collected.items():
+        typer.echo(f"not collected: {name}: {reason}")
+    typer.echo(
+        f"{len(plan.sessions)} launches; one per definition and batch size would be {one_by_one}"
+    )
+    return 0
+
+
+def _collect(request: CollectRequest, as_json: bool) -> int:
+    from flows.embedded import prefect_server
+
+    with prefect_server(request.manifest.parent):
+        from flows.collect import collect_workloads as flow
+
+        state = flow(request, return_state=True)
+        rows = state.result(raise_on_failure=False)
+        if isinstance(rows, OnboardError):
+            raise rows
+        if not isinstance(rows, dict):
+            raise OnboardError(f"the run ended {state.name}: {state.message}")
+    if as_json:
+        typer.echo(json.dumps({"workloads": rows, "message": state.message}, indent=2))
+    else:
+        print_table("Workloads", [{"definition": name, "rows": str(n)} for name, n in rows.items()])
+        typer.echo(state.message)
+    return 1 if state.is_failed() else 0
 
 
 @app.command()

@@ -19,9 +19,11 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel
 
+from flows.collect import serve_sessions
 from flows.dispatch import start_kernel
 from flows.report import Report
 from tasks import manifest, settings
+from tasks.collect.request import CollectRequest
 from tasks.define.task import draft
 from tasks.discover.task import discover_kernels
 from tasks.errors import InputError
@@ -76,6 +78,11 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
         if (steps := remaining_steps(run, entry, request))
     }
     get_run_logger().info("%d of %d kernels have work to do", len(todo), len(run.kernels))
+    collecting = [name for name, steps in todo.items() if Step.COLLECT in steps]
+    if collecting and serves_itself(request):
+        serve_sessions(
+            CollectRequest(manifest=path, definitions=tuple(collecting), config=request.config)
+        )
     undefined = [name for name, steps in todo.items() if Step.DEFINE in steps]
     if undefined:
         draft(path, undefined)
@@ -88,6 +95,12 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     if result.exit_code == 1:
         return Failed(message=result.counts, data=outcome)
     return Completed(message=result.counts, data=outcome)
+
+
+def serves_itself(request: OnboardRequest) -> bool:
+    """Whether this host serves the model, as nobody recorded a run of it."""
+    options = settings.load_settings(request.workspace).collect
+    return options.serve and not (request.dumps or options.recorded_dumps)
 
 
 def account_for(path: Path, name: str, state: State[Any]) -> None:

@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Outcome:
     ok: bool
     reason: str
     """Why it failed, with its last lines; empty if it did not."""
+    output: str = ""
+    """All that it printed."""
 
 
 def die_with_parent() -> None:
@@ -45,37 +47,42 @@ def run_python(
     arguments: Sequence[str],
     *,
     timeout: float,
-    memory_gb: float,
+    memory_gb: float | None,
     cwd: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run `python ARGUMENTS` in its own process group, without a shell.
 
     Args:
         arguments: what follows `python`.
         timeout: seconds until the whole group is killed.
-        memory_gb: address space each process of it may have.
+        memory_gb: address space each process of it may have; None for one that uses a GPU, whose
+            driver reserves terabytes of it.
         cwd: its working folder.
+        environment: variables it gets besides, or instead of, those that every child gets.
     """
 
     def limit() -> None:
         die_with_parent()
-        size = int(memory_gb * (1 << 30))
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        if memory_gb is not None:
+            size = int(memory_gb * (1 << 30))
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    environment = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
-    environment |= {
+    passed = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
+    passed |= {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(_ROOT),
         "PYTHONUNBUFFERED": "1",
         # Torch's large tensors in huge pages: half of the time went into page faults.
         "THP_MEM_ALLOC_ENABLE": "1",
         "TMPDIR": str(cwd),  # whoever cleans that up cleans up after a killed child too
+        **(environment or {}),
     }
     with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=environment,
+        env=passed,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -87,16 +94,18 @@ def run_python(
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             output, _ = child.communicate()
-            return Outcome(False, f"did not finish in {timeout:.0f} s{_tail(output)}")
+            reason = f"did not finish in {timeout:.0f} s{_tail(output)}"
+            return Outcome(False, reason, output.decode(errors="replace"))
         except BaseException:
             os.killpg(child.pid, signal.SIGKILL)
             raise
+    said = output.decode(errors="replace")
     if child.returncode:
         how = f"exit status {child.returncode}"
         if child.returncode < 0:
             how = f"killed by {signal.Signals(-child.returncode).name}"
-        return Outcome(False, f"{how}{_tail(output)}")
-    return Outcome(True, "")
+        return Outcome(False, f"{how}{_tail(output)}", said)
+    return Outcome(True, "", said)
 
 
 def _tail(output: bytes) -> str:

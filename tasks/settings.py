@@ -43,6 +43,41 @@ class CollectSettings(BaseModel):
         description="Folder with one sub-folder of FlashInfer level-10 dumps per model slug.",
     )
     max_workloads: int = Field(default=20, ge=1, le=10_000)
+    serve: bool = Field(
+        default=False,
+        description="Serve the model on this host's GPUs where there are no recorded dumps.",
+    )
+    python: Path | None = Field(
+        default=None, description="Interpreter that SGLang is installed for; this one if not given."
+    )
+    gpus: list[str] | None = Field(
+        default=None, description="GPUs to lease, by number or UUID; all visible ones if not given."
+    )
+    lease_dir: Path = Field(
+        default=Path("/tmp/onboard-gpu-leases"),  # noqa: S108  shared by all who use these GPUs
+        description="Folder of the GPUs' locks, shared by everyone who leases them.",
+    )
+    lease_seconds: float | None = Field(
+        default=None, gt=0, description="Longest wait for GPUs; no limit if not given."
+    )
+    start_seconds: float = Field(
+        default=1800, gt=0, description="Longest start of a server: weights, compiling kernels."
+    )
+    stall_seconds: float = Field(
+        default=900, gt=0, description="Longest time without an answer before a server has failed."
+    )
+    disk_gb: float = Field(
+        default=2.0, ge=0.05, description="Most that a session keeps on disk at a time."
+    )
+    incomplete_calls: bool = Field(
+        default=False,
+        description="Count calls that did not complete: a host without a GPU completes none.",
+    )
+
+    @property
+    def disk_bytes(self) -> int:
+        """`disk_gb` in bytes."""
+        return int(self.disk_gb * 1e9)
 
 
 class Settings(BaseSettings):
@@ -83,6 +118,10 @@ class Settings(BaseSettings):
         """Return where a run's drafted definitions are kept until they are staged."""
         return self.workspace / ".cache" / "drafts" / run
 
+    def sessions(self, model_slug: str) -> Path:
+        """Return the folder of a model's serving sessions."""
+        return self.workspace / "collected" / model_slug / "sessions"
+
     def provenance(self, model_slug: str, definition_name: str) -> Path:
         """Return the file that says what a definition's workloads were made of."""
         return self.workspace / "collected" / model_slug / f"{definition_name}.json"
@@ -117,6 +156,7 @@ def load_settings(workspace: Path | None = None) -> Settings:
     dumps = settings.collect.recorded_dumps
     if dumps is not None:
         settings.collect.recorded_dumps = folder / dumps.expanduser()
+    settings.collect.lease_dir = folder / settings.collect.lease_dir.expanduser()
     for name, url in settings.remotes.model_dump().items():
         if "://" not in url and ":" not in url:
             setattr(settings.remotes, name, str(folder / Path(url).expanduser()))

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID, CachePolicy
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
 P = ParamSpec("P")
@@ -33,7 +34,14 @@ _spans: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
 
 
 def step(
-    phase: int, name: str, description: str, *, run_name: str | None = None, once: bool = True
+    phase: int,
+    name: str,
+    description: str,
+    *,
+    run_name: str | None = None,
+    once: bool = True,
+    retries: int = 0,
+    worth_retrying: Callable[[BaseException], bool] | None = None,
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a Prefect task of a phase.
 
@@ -43,7 +51,15 @@ def step(
         description: one line for the operator.
         run_name: template of the task run's name.
         once: whether a retried flow run takes the kept result instead of repeating it.
+        retries: how often it is tried again after a failure.
+        worth_retrying: which failures are; all if not given.
     """
+
+    def condition(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
+        error = state.result(raise_on_failure=False)
+        return worth_retrying is None or (
+            isinstance(error, BaseException) and worth_retrying(error)
+        )
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         @wraps(function)
@@ -62,6 +78,8 @@ def step(
             cache_policy=_ONCE_PER_RUN if once else NO_CACHE,
             persist_result=once,
             result_serializer="json",
+            retries=retries,
+            retry_condition_fn=condition if retries else None,
         )(timed)
 
     return decorate

@@ -1,14 +1,17 @@
-"""Phase 3 of one kernel, from recorded dumps to rows, blobs, baseline and provenance."""
+"""Phase 3 of one kernel, from recorded calls to rows, blobs, baseline and provenance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from tasks import files
 from tasks.collect.baseline import write_baseline
-from tasks.collect.dumps import read_calls
-from tasks.collect.sanitize import Collected, sanitize, write_workloads
+from tasks.collect.dumps import CallLog
+from tasks.collect.sanitize import Collected, open_calls, sanitize
+from tasks.collect.session import Session
+from tasks.collect.write import write_workloads
 from tasks.dataset import DefinitionFiles
 from tasks.errors import CollectError
 from tasks.manifest import KernelEntry
@@ -22,7 +25,7 @@ def collect_recorded(
 
     Args:
         entry: the kernel; its definition is staged.
-        dumps: the folder.
+        dumps: the folder, or that of a store of calls.
         dataset: the dataset clone.
         provenance: file for what the rows were made of.
         max_workloads: how many rows to keep at most.
@@ -30,19 +33,44 @@ def collect_recorded(
     Raises:
         CollectError: there is no folder, or no call in it is a workload of this definition.
     """
-    name = entry.definition_name
     if dumps is None:
         raise CollectError(
-            f"{name}: no dumps to collect from; record a run on a GPU and give its folder with "
-            "--dumps, or go on without workloads with --skip-workload"
+            f"{entry.definition_name}: no dumps to collect from; record a run on a GPU and give "
+            "its folder with --dumps, or go on without workloads with --skip-workload"
         )
+    return collect_calls(entry, open_calls(dumps), dataset, provenance, max_workloads)
+
+
+def collect_calls(
+    entry: KernelEntry,
+    log: CallLog,
+    dataset: Path,
+    provenance: Path,
+    max_workloads: int,
+    *,
+    sessions: Sequence[Session] = (),
+) -> Collected:
+    """Collect one definition's workloads from calls, wherever they come from.
+
+    Args:
+        entry: the kernel; its definition is staged.
+        log: the calls.
+        dataset: the dataset clone.
+        provenance: file for what the rows were made of.
+        max_workloads: how many rows to keep at most.
+        sessions: what was served while the calls were dumped.
+
+    Raises:
+        CollectError: no call is a workload of this definition.
+    """
     spec = KernelSpec.model_validate(entry.spec)
-    place = DefinitionFiles(entry.op_type, name)
+    place = DefinitionFiles(entry.op_type, entry.definition_name)
     definition = files.read_json_object(dataset / place.definition, "the definition")
-    chosen, collected = sanitize(spec, definition, read_calls(dumps), max_workloads)
-    files.write_json(provenance, asdict(collected))
-    write_baseline(dataset, spec)
-    write_workloads(dataset, definition, chosen)
-    # Traces are of other rows or another baseline.
+    chosen, collected = sanitize(spec, definition, log, max_workloads, sessions=sessions)
+    # Traces may be of another baseline.
     (dataset / place.traces).unlink(missing_ok=True)
+    write_baseline(dataset, spec)
+    written = write_workloads(dataset, definition, chosen)
+    collected = collected.named(written.uuids)
+    files.write_json(provenance, asdict(collected))
     return collected

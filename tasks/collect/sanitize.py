@@ -1,23 +1,41 @@
-"""From dumped calls to the workload rows of one definition."""
+"""From dumped calls to the chosen workloads of one definition, and what they were made of."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.numpy import save
-
-from tasks import files, ops
-from tasks.collect.dumps import CallLog
-from tasks.collect.select import Candidate, distinct, most_diverse
-from tasks.dataset import DefinitionFiles
+from tasks import ops
+from tasks.collect.dumps import CallLog, read_calls
+from tasks.collect.realism import Realism, realism
+from tasks.collect.rows import Form, Found, find, form_of
+from tasks.collect.select import Candidate, most_diverse
 from tasks.errors import CollectError
-from tasks.ops.base import KernelSpec, Rejected, Row
+from tasks.ops.base import KernelSpec
 
-_FLOATS = ("float", "bfloat")
+if TYPE_CHECKING:
+    from tasks.collect.session import Session
+
+_LISTED_REASONS = 50
+"""Reasons may have numbers in them, so that there can be as many as there are calls."""
+_STORE = "calls.sqlite"
+
+
+def open_calls(root: Path) -> CallLog:
+    """Read the calls of a folder of dumps, or of a store that a session was drained into.
+
+    Raises:
+        CollectError: it is neither.
+    """
+    store = root / _STORE
+    if not store.is_file():
+        return read_calls(root)
+    from tasks.collect.store import CallStore
+
+    return CallStore(store).log()
 
 
 @dataclass(frozen=True)
@@ -31,132 +49,119 @@ class Collected:
     rejected: dict[str, int]
     """Reason -> calls."""
     provenance: dict[str, Any]
+    """Sessions, parallelism, versions, scalars with their source, each workload's calls, what
+    could not be read, and the realism report."""
+
+    @property
+    def realism(self) -> Realism:
+        """How real the rows look."""
+        return Realism.model_validate(self.provenance["realism"])
+
+    def named(self, uuids: Mapping[str, str]) -> Collected:
+        """Return it with its workloads under the uuids that the dataset has for them."""
+        workloads = {
+            uuids.get(uuid, uuid): seen for uuid, seen in self.provenance["workloads"].items()
+        }
+        return replace(self, provenance={**self.provenance, "workloads": workloads})
 
 
 def sanitize(
-    spec: KernelSpec, definition: dict[str, Any], log: CallLog, max_workloads: int
+    spec: KernelSpec,
+    definition: dict[str, Any],
+    log: CallLog,
+    max_workloads: int,
+    *,
+    sessions: Sequence[Session] = (),
 ) -> tuple[list[Candidate], Collected]:
     """Choose the workloads of one definition from a session's calls.
+
+    Args:
+        spec: the kernel, with the scalars that no dump carries.
+        definition: its definition.
+        log: the calls.
+        max_workloads: how many to choose at most.
+        sessions: what was served, where that is known.
 
     Raises:
         CollectError: no call is a workload; the text has the counted reasons.
     """
-    rows: list[Row] = []
-    rejected: Counter[str] = Counter()
-    for result in ops.op_module(spec.op_type).rows(spec, log.calls):
-        if isinstance(result, Rejected):
-            rejected[result.reason] += 1
-        else:
-            rows.append(result)
-    candidates = distinct(spec.name, rows)
-    if not candidates:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.most_common(3))
-        seen = ", ".join(sorted({call.name for call in log.calls})) or "none"
-        raise CollectError(
-            f"{spec.name}: none of {len(log.calls)} recorded calls is a workload "
-            f"({reasons or 'its API was never called'}; APIs seen: {seen})"
-        )
-    chosen = most_diverse(candidates, max_workloads)
+    form = form_of(definition, spec.name)
+    found = find(spec, form, log)
+    if not found.candidates:
+        raise CollectError(f"{spec.name}: {why_none(found, log)}")
+    return choose(spec, form, found, log, max_workloads, sessions=sessions)
+
+
+def choose(
+    spec: KernelSpec,
+    form: Form,
+    found: Found,
+    log: CallLog,
+    max_workloads: int,
+    *,
+    sessions: Sequence[Session] = (),
+) -> tuple[list[Candidate], Collected]:
+    """Choose from the distinct workloads of a definition; there may be none.
+
+    Arguments are those of `sanitize`, and what `form_of` and `find` returned.
+    """
+    placement = ops.op_module(spec.op_type).placement
+    axes = [axis for axis in form.variable if axis not in placement]
+    chosen = most_diverse(found.candidates, axes, max_workloads)
+    report = realism(form.name, [c.extent for c in chosen], [c.extent for c in found.candidates])
+    served = [s for s in sessions if spec.name in s.definitions] or list(sessions)
+    provenance = {
+        "sessions": [
+            {"id": s.id, "model": s.model, "tp": s.tp, "ep": s.ep, "flags": list(s.flags)}
+            for s in served
+        ],
+        "tp": list(spec.tp),
+        "ep": list(spec.ep),
+        "versions": versions_of(log) if chosen else {},
+        "scalars": {
+            name: scalar.model_dump()
+            for candidate in chosen[:1]
+            for name, scalar in sorted(candidate.scalars.items())
+        },
+        "workloads": {c.uuid: {"calls": c.calls, "count": c.count} for c in chosen},
+        "unreadable": table(log.unreadable),
+        "realism": report.model_dump(mode="json"),
+    }
     collected = Collected(
         rows=len(chosen),
-        distinct=len(candidates),
-        calls=len(rows),
-        rejected=dict(rejected.most_common()),
-        provenance={
-            "versions": _versions(log),
-            "scalars": {
-                name: value.model_dump() for name, value in sorted(chosen[0].row.scalars.items())
-            },
-            "workloads": {c.uuid: {"calls": list(c.row.calls)} for c in chosen},
-            "unreadable": dict(log.unreadable.most_common()),
-        },
+        distinct=len(found.candidates),
+        calls=found.calls,
+        rejected=table(found.rejected),
+        provenance=provenance,
     )
-    _check_inputs(definition, chosen)
     return chosen, collected
 
 
-def _versions(log: CallLog) -> dict[str, list[str]]:
-    names = {name for call in log.calls for name in call.versions}
-    return {
-        name: sorted({call.versions[name] for call in log.calls if name in call.versions})
-        for name in sorted(names)
-    }
-
-
-def _check_inputs(definition: dict[str, Any], chosen: list[Candidate]) -> None:
-    """Check rows against the definition they are for.
-
-    Raises:
-        CollectError: an axis or an input that must not be random is missing.
-    """
-    name, inputs = definition["name"], definition["inputs"]
-    variable = {a for a, axis in definition["axes"].items() if axis["type"] == "var"}
-    for candidate in chosen:
-        row = candidate.row
-        if set(row.axes) != variable:
-            raise CollectError(
-                f"{name}: rows have the axes {sorted(row.axes)}, the definition {sorted(variable)}"
-            )
-        for key, spec in inputs.items():
-            stored = key in row.tensors or key in row.scalars
-            if not stored and (spec["shape"] is None or not spec["dtype"].startswith(_FLOATS)):
-                raise CollectError(f"{name}: input {key} ({spec['dtype']}) has no recorded value")
-            if key in row.tensors:
-                _check_shape(name, key, definition, row)
-
-
-def _check_shape(name: str, key: str, definition: dict[str, Any], row: Row) -> None:
-    axes = {a: axis.get("value", row.axes.get(a)) for a, axis in definition["axes"].items()}
-    expected = tuple(axes[a] for a in definition["inputs"][key]["shape"])
-    if row.tensors[key].shape != expected:
-        raise CollectError(
-            f"{name}: {key} has shape {row.tensors[key].shape}, the definition says {expected}"
-        )
-
-
-def _line(definition: dict[str, Any], candidate: Candidate, place: DefinitionFiles) -> str:
-    row = candidate.row
-    inputs: dict[str, Any] = {}
-    for name in definition["inputs"]:
-        if name in row.tensors:
-            path = f"./{place.blob(candidate.uuid)}"
-            inputs[name] = {"type": "safetensors", "path": path, "tensor_key": name}
-        elif name in row.scalars:
-            inputs[name] = {"type": "scalar", "value": row.scalars[name].value}
-        else:
-            inputs[name] = {"type": "random"}
-    axes = {name: row.axes[name] for name in definition["axes"] if name in row.axes}
-    workload = {"uuid": candidate.uuid, "axes": axes, "inputs": inputs}
-    return json.dumps(
-        {
-            "definition": definition["name"],
-            "workload": workload,
-            "solution": None,
-            "evaluation": None,
-        }
+def why_none(found: Found, log: CallLog) -> str:
+    """Say why no call is a workload, with the counted reasons."""
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in found.rejected.most_common(3))
+    seen = ", ".join(sorted({call.name for call in log.calls})) or "none"
+    return (
+        f"none of {len(log.calls)} recorded calls is a workload "
+        f"({reasons or 'its API was never called'}; APIs seen: {seen})"
     )
 
 
-def write_workloads(dataset: Path, definition: dict[str, Any], chosen: list[Candidate]) -> None:
-    """Write rows and blobs into the dataset: blobs first, then the rows that name them.
+def table(reasons: Counter[str]) -> dict[str, int]:
+    """Return reasons and how often, the most frequent first, not too many of them."""
+    # Equal counts stay in alphabetic order, however the calls were ordered.
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    listed = dict(ordered[:_LISTED_REASONS])
+    rest = sum(count for _, count in ordered[_LISTED_REASONS:])
+    return {**listed, **({"other reasons": rest} if rest else {})}
 
-    Rows that are there already (of another model that has the kernel too) stay. A crash in between
-    leaves no row without its blob; blobs no row names are removed.
-    """
-    place = DefinitionFiles(definition["op_type"], definition["name"])
-    path = dataset / place.workloads
-    lines = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        lines[json.loads(line)["workload"]["uuid"]] = line
-    wanted = {place.blob(uuid).name for uuid in lines}
-    for candidate in chosen:
-        if candidate.row.tensors:
-            blob = dataset / place.blob(candidate.uuid)
-            files.write_bytes(blob, save(dict(candidate.row.tensors)))
-            wanted.add(blob.name)
-        lines[candidate.uuid] = _line(definition, candidate, place)
-    files.write_text(path, "\n".join(lines.values()) + "\n")
-    folder = dataset / place.blobs
-    for orphan in folder.iterdir() if folder.is_dir() else ():
-        if orphan.name not in wanted:
-            orphan.unlink()
+
+def versions_of(log: CallLog) -> dict[str, list[str]]:
+    """Return package -> the versions that the calls were dumped with."""
+    # Calls of a process say the same, so they are mostly one.
+    seen = {tuple(call.versions.items()) for call in log.calls}
+    found: dict[str, set[str]] = {}
+    for versions in seen:
+        for name, version in versions:
+            found.setdefault(name, set()).add(version)
+    return {name: sorted(versions) for name, versions in sorted(found.items())}

@@ -4,62 +4,121 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 
-from tasks.ops.base import Row
+from tasks.collect.realism import Extent
+from tasks.ops.base import Row, Scalar
 
+LISTED_CALLS = 20
+"""How many of the calls that gave a workload are named; all are counted."""
 _NAMESPACE = uuid.UUID("6f1d7b4e-3f0f-5d52-9d0c-6a6a7b0f7c11")
 """Any fixed value: it makes the same content give the same workload uuid everywhere."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Candidate:
-    """A distinct workload and the calls it was seen in."""
+    """A distinct workload, without its tensors, and the calls it was seen in."""
 
     uuid: str
-    row: Row
+    axes: Mapping[str, int]
+    scalars: Mapping[str, Scalar]
+    stored: tuple[str, ...]
+    """Inputs whose values are stored, sorted."""
+    extent: Extent
+    remake: Callable[[], Row]
+    """Makes the row with its tensors again, from the dump."""
+    calls: list[str]
+    """The first of the calls it was seen in."""
+    count: int = 1
+    """How many calls it was seen in."""
+
+    def seen_again(self, calls: Iterable[str]) -> None:
+        """Count another call with the same content."""
+        self.count += 1
+        room = LISTED_CALLS - len(self.calls)
+        self.calls += list(calls)[: max(room, 0)]
 
 
-def content_uuid(definition_name: str, row: Row) -> str:
-    """Return a uuid made of what the workload is: axes, stored tensors and scalars."""
-    digest = hashlib.sha256(definition_name.encode())
-    for axis, size in sorted(row.axes.items()):
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor's content, whoever wrote it."""
+
+    dtype: str
+    """As definitions have it."""
+    shape: tuple[int, ...]
+    data: bytes
+    """In row-major order, little-endian."""
+
+
+@cache
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """Return a dtype's name as definitions have it; numpy makes it anew each time."""
+    return dtype.name
+
+
+def stored(values: np.ndarray) -> Stored:
+    """Return an array's content."""
+    return Stored(dtype_name(values.dtype), values.shape, values.tobytes())
+
+
+def content_uuid(
+    name: str,
+    axes: Mapping[str, int],
+    scalars: Mapping[str, int | float | bool],
+    tensors: Mapping[str, Stored],
+) -> str:
+    """Return a uuid made of what a workload is.
+
+    Args:
+        name: the definition's.
+        axes: its var axes.
+        scalars: the values, each as its kernel gets it (`Form.rounded`).
+        tensors: the stored inputs.
+    """
+    digest = hashlib.sha256(name.encode())
+    for axis, size in sorted(axes.items()):
         digest.update(f"|{axis}={size}".encode())
-    for name, scalar in sorted(row.scalars.items()):
-        digest.update(f"|{name}={scalar.value!r}".encode())
-    for name, values in sorted(row.tensors.items()):
-        digest.update(f"|{name}:{values.dtype.str}{values.shape}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
+    for key, value in sorted(scalars.items()):
+        digest.update(f"|{key}={value!r}".encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"|{key}:{tensor.dtype}{tensor.shape}".encode())
+        digest.update(tensor.data)
     return str(uuid.uuid5(_NAMESPACE, digest.hexdigest()))
 
 
-def distinct(definition_name: str, rows: Iterable[Row]) -> list[Candidate]:
-    """Merge rows of equal content, keeping all their calls, in order of first appearance."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        key = content_uuid(definition_name, row)
-        known = found.get(key)
-        found[key] = replace(known, calls=(*known.calls, *row.calls)) if known else row
-    return [Candidate(key, row) for key, row in found.items()]
-
-
-def most_diverse(candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
+def most_diverse(
+    candidates: Sequence[Candidate], axes: Sequence[str], limit: int
+) -> list[Candidate]:
     """Choose `limit` candidates that lie far apart, in the order of the candidates.
 
-    Farthest-point selection over the logarithms of the var axes, starting from the largest, in
-    O(n * limit) time.
+    Farthest-point selection over the logarithms of axes, starting from the largest candidate, in
+    O(n * limit) time. As long as there are batch sizes that no chosen candidate has, only
+    candidates of those are looked at: each is represented, if there are no more of them than
+    `limit`.
+
+    Args:
+        candidates: what to choose from.
+        axes: the var axes that say how much data there is (`OpModule.placement`: not where).
+        limit: how many to choose, at least 1.
     """
     if len(candidates) <= limit:
         return list(candidates)
-    axes = sorted(candidates[0].row.axes)
-    points = np.log2(1 + np.array([[c.row.axes[a] for a in axes] for c in candidates], dtype=float))
+    sizes = [[c.axes[axis] for axis in axes] for c in candidates]
+    points = np.log2(1 + np.array(sizes, dtype=float).reshape(len(candidates), len(axes)))
+    batches = np.array([c.extent.batch_size for c in candidates])
     chosen = [int(points.sum(axis=1).argmax())]
     distance = np.linalg.norm(points - points[chosen[0]], axis=1)
+    fresh = batches != batches[chosen[0]]
     while len(chosen) < limit:
         distance[chosen[-1]] = -1.0
-        chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+        among = np.where(fresh, distance, -1.0) if fresh.any() else distance
+        best = int(among.argmax())
+        chosen.append(best)
+        distance = np.minimum(distance, np.linalg.norm(points - points[best], axis=1))
+        fresh &= batches != batches[best]
     return [candidates[index] for index in sorted(chosen)]

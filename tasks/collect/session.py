@@ -76,6 +76,8 @@ class Session(BaseModel):
     expects: dict[str, tuple[str, ...]]
     """Definition -> the dumped names of which at least one must appear for it."""
     traffic: Traffic
+    tp_choices: tuple[int, ...]
+    """Tensor-parallel sizes at which every one of its kernels has the same shapes."""
 
     @property
     def definitions(self) -> tuple[str, ...]:

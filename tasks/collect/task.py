@@ -1,4 +1,4 @@
-"""Phase 3's Prefect task."""
+"""Phase 3's Prefect tasks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,60 @@ from prefect import get_run_logger
 
 from tasks import manifest, settings
 from tasks.collect.evaluate import evaluate
-from tasks.collect.phase import collect_recorded
+from tasks.collect.live import served_calls
+from tasks.collect.phase import collect_calls
+from tasks.collect.place import Outcome
+from tasks.collect.sanitize import open_calls
+from tasks.collect.serve import Host, SessionError, serve_session
+from tasks.collect.session import Session
 from tasks.manifest import DONE
+from tasks.model import read_config
 from tasks.step import step
 
+_LAUNCHES = 8
+"""More than the adjustments that a session goes through before it gives up."""
 
-@step(3, "collect", "Turn dumped FlashInfer calls into workload rows, and evaluate the baseline.")
-def collect(path: Path, name: str, dumps: Path | None) -> int:
+
+def _may_go_better(error: BaseException) -> bool:
+    return isinstance(error, SessionError) and error.again
+
+
+@step(
+    3,
+    "collect session",
+    "Serve the model on leased GPUs and keep what FlashInfer dumps; out of memory, ask for less.",
+    run_name="collect {session.id}",
+    retries=_LAUNCHES,
+    worth_retrying=_may_go_better,
+)
+def collect_session(path: Path, session: Session, config: Path) -> Outcome:
+    """Serve one session, or find that it is complete; return what it came to.
+
+    Args:
+        path: the run manifest.
+        session: what to start and send.
+        config: the model's config.json.
+
+    Raises:
+        SessionError: the launch failed; Prefect tries again where that may go better.
+    """
+    log = get_run_logger()
+    options = settings.load_settings(path.parent)
+    slug = manifest.load(path).model_slug
+    host = Host(options.collect, options.hf_token)
+    return serve_session(session, read_config(config), options.sessions(slug), host, log.info)
+
+
+@step(3, "collect", "Turn recorded FlashInfer calls into workload rows, and evaluate the baseline.")
+def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None = None) -> int:
     """Collect one definition's workloads and record phase 3 as done; return how many.
 
-    `dumps` is a folder of recorded dumps; without it, the settings' folder for the model.
+    Args:
+        path: the run manifest.
+        name: the definition.
+        dumps: a folder of recorded dumps; without it, the settings' folder for the model, and
+            without that the sessions that were served.
+        max_workloads: how many rows at most, instead of the settings' number.
 
     Raises:
         CollectError: there is nothing to collect from, or a workload fails its baseline.
@@ -29,15 +73,21 @@ def collect(path: Path, name: str, dumps: Path | None) -> int:
     recorded = options.collect.recorded_dumps
     if dumps is None and recorded:
         dumps = recorded / run.model_slug
+    if dumps is None:
+        calls, sessions = served_calls(options.sessions(run.model_slug), name)
+    else:
+        calls, sessions = open_calls(dumps), []
     dataset = options.clone("flashinfer_trace")
     provenance = options.provenance(run.model_slug, name)
-    limit = options.collect.max_workloads
-    collected = collect_recorded(entry, dumps, dataset, provenance, limit)
+    limit = max_workloads or options.collect.max_workloads
+    collected = collect_calls(entry, calls, dataset, provenance, limit, sessions=sessions)
     log.info(
         "%s: %d workloads of %d distinct in %d calls, %d calls not used",
         *(name, collected.rows, collected.distinct, collected.calls),
         sum(collected.rejected.values()),
     )
+    for warning in collected.realism.warnings:
+        log.warning("%s: %s", name, warning)
     outcome = evaluate(dataset, entry.op_type, name)
     log.info("%s: baseline %s", name, outcome)
     manifest.update_kernel(

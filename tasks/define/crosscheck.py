@@ -100,7 +100,7 @@ def _called(calls: Iterable[Call]) -> dict[str, list[KernelSpec]]:
     for call in calls:
         for module in ops.registry().values():
             spec = module.implied(call)
-            if spec is None:
+            if spec is None or not module.crosschecked:
                 continue
             provider = module.provider(spec)
             if isinstance(provider, FlashInferApi):

@@ -110,6 +110,9 @@ class FlashInferApi:
     prefill: Literal["", "paged", "ragged"] = ""
     """Which way of prefilling SGLang must be in for this call; empty if it is in either."""
 
+    quantization: str = ""
+    """Width of the weights it takes (`fp8`, `fp4`); empty where that is not what decides."""
+
     @property
     def recorded(self) -> tuple[str, ...]:
         """What of `dumps` a serving session records: plans, where there are any.
@@ -284,6 +287,9 @@ class OpModule(ABC):
     """
     names: ClassVar[Mapping[str, str]] = {}
     """Variant -> its definitions' names, a format string over const axes and constants."""
+    crosschecked: ClassVar[bool] = True
+    """Whether a definition that FlashInfer dumped of SGLang's call can be compared with ours: its
+    template misreads nothing, or `as_called` knows what."""
     placement: ClassVar[frozenset[str]] = frozenset({"num_pages"})
     """Var axes that say where data lay, not how much there was: no measure of diversity."""
 

@@ -11,10 +11,24 @@ sglang/srt/mem_cache/memory_pool.py: DSATokenToKVPool).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
 
 from tasks.model import ModelConfig, Serving
+from tasks.ops.arguments import (
+    check_range,
+    check_setting,
+    check_without,
+    exact,
+    integer_of,
+    scalar_of,
+    tensor_of,
+)
 from tasks.ops.base import (
+    Call,
+    DumpError,
     FlashInferApi,
     Json,
     KernelSpec,
@@ -22,8 +36,12 @@ from tasks.ops.base import (
     NotProduced,
     OpModule,
     Provider,
+    Rejected,
+    Row,
+    check_axes,
     const,
     register,
+    rows_of,
     tensor,
     var,
 )
@@ -37,6 +55,15 @@ from tasks.ops.mla import (
     latent_outputs,
     latent_scale,
     softmax_scale,
+)
+
+_DUMPED = "trtllm_batch_decode_with_kv_cache_mla"
+_UNUSED = -1
+_EXTRAS = (
+    "sinks",
+    "cum_seq_lens_q",
+    "skip_softmax_threshold_scale_factor",
+    "sparse_mla_top_k_lens",
 )
 
 _LAYER = "python/sglang/srt/layers/attention/dsa_backend.py"
@@ -246,6 +273,7 @@ class DsaPaged(OpModule):
     """
 
     op_type = "dsa_paged"
+    crosschecked = False
     names = {
         "sparse_attention": (
             "dsa_sparse_attention_h{num_qo_heads}_ckv{head_dim_ckv}_kpe{head_dim_kpe}"
@@ -258,7 +286,8 @@ class DsaPaged(OpModule):
     apis = (
         FlashInferApi(
             path="flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla",
-            dumps=("trtllm_batch_decode_with_kv_cache_mla",),
+            dumps=(_DUMPED,),
+            reads=("block_tables", "seq_lens"),
             # The default on Blackwell with an FP8 cache; the definition's cache is bfloat16
             # (sglang/srt/arg_groups/overrides.py: _dsa_split_backend_resolution).
             server_flags=(
@@ -331,6 +360,27 @@ class DsaPaged(OpModule):
                 "not sharded",
             ),
         )
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the shapes of the call's queries, cache and indices."""
+        if call.name != _DUMPED:
+            return None
+        with suppress(DumpError):
+            axes = _called(call)
+            return KernelSpec(
+                name=self.name_of("sparse_attention", axes),
+                op_type=self.op_type,
+                variant="sparse_attention",
+                axes=axes,
+                origin=("a dumped call's arguments",),
+            )
+        return None
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per call of the attention, with the chosen tokens."""
+        if spec.variant != "sparse_attention":
+            return iter(())
+        return rows_of(calls, _DUMPED, lambda call: _row(spec, call))
 
     def provider(self, spec: KernelSpec) -> Provider:
         """FlashInfer for the attention (Blackwell only); nothing in it scores and selects."""
@@ -427,3 +477,75 @@ class DsaPaged(OpModule):
             },
             "reference": _TOPK_INDEXER.format_map(axes),
         }
+
+
+def _called(call: Call) -> dict[str, int]:
+    """Return the const axes that a call shows; its tensors fit each other.
+
+    Raises:
+        DumpError: it is a call of another kernel, or its tensors do not fit.
+    """
+    check_without(call, _EXTRAS)
+    check_setting(call, "bmm2_scale", 1.0, 1, default=1.0)
+    topk = integer_of(call, "sparse_mla_top_k", 0, least=0)
+    ckv, kpe = (integer_of(call, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    query, indices = tensor_of(call, "query", 4), tensor_of(call, "block_tables", 3)
+    cache = call.tensors.get("kv_cache")
+    # One head of keys and values; the API takes the cache with and without a dimension for it.
+    if cache is None or len(cache.shape) not in (3, 4) or cache.shape[1:-2] not in ((), (1,)):
+        raise DumpError(f"{call.name}: kv_cache is {cache and cache.shape}, no latent cache")
+    for name, rows in (("query", query), ("kv_cache", cache)):
+        if rows.dtype != "bfloat16":
+            raise DumpError(f"{call.name}: {name} is {rows.dtype}, the definition has bfloat16")
+        if rows.shape[-1] != ckv + kpe:
+            raise DumpError(
+                f"{call.name}: {name} has rows of {rows.shape[-1]}, kv_lora_rank + "
+                f"qk_rope_head_dim is {ckv + kpe}"
+            )
+    tokens, queries, heads, _ = query.shape
+    if topk < 1 or queries != 1 or indices.shape != (tokens, 1, topk):
+        raise DumpError(
+            f"{call.name}: sparse_mla_top_k is {topk}, block_tables {indices.shape}, query "
+            f"{query.shape}, expected one query and its chosen tokens in each row"
+        )
+    if min(*query.shape, *cache.shape) < 1:
+        raise DumpError(f"{call.name}: query {query.shape} or kv_cache {cache.shape} is empty")
+    return {
+        "num_qo_heads": heads,
+        "head_dim_ckv": ckv,
+        "head_dim_kpe": kpe,
+        "page_size": cache.shape[-2],
+        "topk": topk,
+    }
+
+
+def _row(spec: KernelSpec, call: Call) -> Row:
+    check_axes(call, _called(call), spec.axes)
+    dumped = call.tensors["block_tables"]
+    chosen = exact(call, "block_tables", dumped.load(), "int32")[:, 0]
+    tokens, page_size = len(chosen), spec.axes["page_size"]
+    slots = call.tensors["kv_cache"].shape[0] * page_size
+    check_range(call, "block_tables", chosen, _UNUSED, slots - 1)
+    counts = (chosen != _UNUSED).sum(axis=1)
+    if not counts.any():
+        raise DumpError(f"{call.name}: no token is chosen")
+    cached = tensor_of(call, "seq_lens", 1)
+    if cached.shape != counts.shape:
+        raise DumpError(f"{call.name}: {cached.shape[0]} seq_lens for {tokens} queries")
+    # The kernel reads as many entries as a sequence has tokens, the definition all but -1.
+    lengths = exact(call, "seq_lens", cached.load(), "int64")
+    wrong = int((np.minimum(lengths, spec.axes["topk"]) != counts).sum())
+    if wrong:
+        raise DumpError(
+            f"{call.name}: {wrong} of {tokens} queries have other numbers of tokens in "
+            "block_tables than seq_lens says"
+        )
+    scale = scalar_of(call, spec, "sm_scale", "bmm1_scale")
+    # As in other paged attention, the cache ends with the last page that is read.
+    pages = int(chosen.max()) // page_size + 1
+    return Row(
+        axes={"num_tokens": tokens, "num_pages": pages},
+        tensors={"sparse_indices": np.ascontiguousarray(chosen)},
+        scalars={"sm_scale": scale},
+        calls=(call.id,),
+    )

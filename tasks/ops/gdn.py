@@ -9,6 +9,10 @@ k^T; output = scale * state q. Here g = exp(-exp(A_log) * softplus(a + dt_bias))
 (sglang/srt/layers/attention/linear/kernels/gdn_flashinfer.py: "K-last"). At decode it is that of
 `gated_delta_rule_decode_pretranspose`; `gated_delta_rule_decode` has the other, and no caller.
 
+The definitions take q and k as they are, as the published ones do. SGLang's prefill normalises them
+before the call; its decode and its verification let the kernel do it (`use_qk_l2norm`), which is
+another function: such calls are no rows.
+
 Key and value heads are sharded by tp, which must divide both (sglang/srt/models/qwen3_next.py:
 `num_k_heads // attn_tp_size`, `num_v_heads // attn_tp_size`).
 """
@@ -16,19 +20,35 @@ Key and value heads are sharded by tp, which must divide both (sglang/srt/models
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tasks.model import ModelConfig, Serving
+from tasks.ops.arguments import (
+    bound_axes,
+    check_offsets,
+    check_range,
+    check_setting,
+    check_without,
+    default_scale,
+    stored,
+    tensor_of,
+)
 from tasks.ops.base import (
+    Call,
+    DumpError,
     FlashInferApi,
     Json,
     KernelSpec,
     NotProduced,
     OpModule,
+    Rejected,
+    Row,
     Scalar,
     const,
     register,
+    rows_of,
     scalar,
     tensor,
     var,
@@ -313,6 +333,7 @@ _AXES = {
     "num_v_heads": "Value heads of one rank; consecutive ones share a key head.",
     "head_size": "Dimension of one head, of keys and of values.",
 }
+_TOKENS = ("q", "k", "v", "A_log", "a", "dt_bias", "b")
 _STATE_AXES = ("num_v_heads", "head_size", "head_size")
 _HEAD_CONSTRAINTS = (
     "num_v_heads >= num_q_heads",
@@ -337,12 +358,23 @@ class _Stage:
     """Name and description of the second output."""
     variable: Mapping[str, str]
     constraints: tuple[str, ...]
+    settings: Mapping[str, tuple[bool, bool]]
+    """What a call must ask for, and what it gets if it does not say: parameter -> both."""
+    extras: tuple[str, ...]
+    """Parameters that a call of this kernel does not pass."""
+    parameters: Mapping[str, str]
+    """Tensor inputs -> the API's parameters; those left out are in no call, or of another shape."""
+    other_dtype: tuple[str, ...] = ()
+    """Inputs that the call has in another form, of the same shape."""
 
 
-def _api(path: str, *flags: str, former: tuple[str, ...] = ()) -> FlashInferApi:
+def _api(
+    path: str, *flags: str, reads: tuple[str, ...] = (), former: tuple[str, ...] = ()
+) -> FlashInferApi:
     return FlashInferApi(
         path=path,
         former=former,
+        reads=reads,
         dumps=(path.rpartition(".")[2],),
         server_flags=(*_FLAGS, *flags),
         sglang_layer="python/sglang/srt/layers/attention/linear/kernels/gdn_flashinfer.py",
@@ -365,12 +397,20 @@ _STAGES = {
         new_state=("new_state", "State after the token."),
         variable={"batch_size": "Number of sequences."},
         constraints=_HEAD_CONSTRAINTS,
+        settings={"use_qk_l2norm": (False, True), "disable_state_update": (False, False)},
+        # A pool of states, read through indices (SGLang on Blackwell), is another kernel.
+        extras=(
+            *("initial_state", "initial_state_indices", "output_state_indices"),
+            "intermediate_states_buffer",
+        ),
+        parameters={name: name for name in (*_TOKENS, "state")},
     ),
     "prefill": _Stage(
         what="prefill",
         api=_api(
             "flashinfer.gdn_prefill.chunk_gated_delta_rule",
             former=("flashinfer.gdn.chunk_gated_delta_rule",),
+            reads=("cu_seqlens",),
         ),
         body=_PREFILL,
         baseline=_PREFILL_BASELINE,
@@ -383,6 +423,19 @@ _STAGES = {
             "len_cu_seqlens": "Length of cu_seqlens (num_seqs + 1).",
         },
         constraints=("len_cu_seqlens == num_seqs + 1", "total_seq_len == cu_seqlens[-1].item()"),
+        settings={"use_qk_l2norm_in_kernel": (False, False), "output_final_state": (True, False)},
+        extras=("state_indices",),
+        # The API takes the gates ready. What they were made of is an activation and weights, which
+        # are random in a row as q, k and v are: that the gates are there, one for each token and
+        # head, is all that a row needs of them.
+        parameters={
+            **{name: name for name in "qkv"},
+            "a": "g",
+            "b": "beta",
+            "state": "initial_state",
+            "cu_seqlens": "cu_seqlens",
+        },
+        other_dtype=("a", "b", "cu_seqlens"),
     ),
     "mtp": _Stage(
         what="verification of drafted tokens (multi-token prediction)",
@@ -391,6 +444,7 @@ _STAGES = {
             "flashinfer.gdn_decode.gated_delta_rule_mtp",
             "--speculative-algorithm NEXTN",
             "--speculative-eagle-topk 1",
+            reads=("initial_state_indices",),
         ),
         body=_MTP,
         baseline=_MTP_BASELINE,
@@ -403,6 +457,13 @@ _STAGES = {
             "pool_size": "Slots of the state pool.",
         },
         constraints=(*_HEAD_CONSTRAINTS, "seq_len > 1"),
+        settings={"use_qk_l2norm": (False, True), "disable_state_update": (True, True)},
+        extras=(
+            *("ssm_state_indices", "output_state_indices"),
+            *("replayssm_rawv", "replayssm_rawk", "replayssm_g", "replayssm_beta"),
+        ),
+        parameters={name: name for name in (*_TOKENS, "initial_state", "initial_state_indices")},
+        other_dtype=("initial_state_indices",),
     ),
 }
 
@@ -412,12 +473,14 @@ class Gdn(OpModule):
     """`gdn_{decode|prefill|mtp}_qk{key heads}_v{value heads}_d{head dim}_k_last`."""
 
     op_type = "gdn"
+    crosschecked = False
     names = {
         stage: f"gdn_{stage}_qk{{num_q_heads}}_v{{num_v_heads}}_d{{head_size}}_k_last"
         for stage in _STAGES
     }
     apis = tuple(stage.api for stage in _STAGES.values())
     reference_test = _TEST
+    placement = frozenset({"pool_size"})
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Linear attention of the models whose configs count its value heads."""
@@ -532,10 +595,101 @@ class Gdn(OpModule):
             }
         return inputs
 
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the heads of the call's tensors."""
+        stage = next(
+            (stage for stage, known in _STAGES.items() if call.name in known.api.dumps), ""
+        )
+        if not stage:
+            return None
+        with suppress(DumpError):
+            rank = len(_STAGES[stage].rows) + 2
+            (*_, q_heads, size), (*_, k_heads, _), (*_, v_heads, _) = (
+                tensor_of(call, name, rank).shape for name in "qkv"
+            )
+            heads = {
+                "num_q_heads": q_heads,
+                "num_k_heads": k_heads,
+                "num_v_heads": v_heads,
+                "head_size": size,
+            }
+            spec = KernelSpec(
+                name=self.name_of(stage, heads),
+                op_type=self.op_type,
+                variant=stage,
+                axes={"seq_len": 1, **heads} if stage == "decode" else heads,
+                origin=("a dumped call's tensors",),
+            )
+            self._axes_of(spec, self.definition(spec), call)
+            return spec
+        return None
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per call that takes q and k as they are, with its offsets or slots."""
+        definition = self.definition(spec)
+        (dumped,) = _STAGES[spec.variant].api.dumps
+        return rows_of(calls, dumped, lambda call: self._row(spec, definition, call))
+
+    def _axes_of(self, spec: KernelSpec, definition: Json, call: Call) -> dict[str, int]:
+        """Check a call against a definition and return the var axes.
+
+        Raises:
+            DumpError: it is a call of another kernel.
+        """
+        stage = _STAGES[spec.variant]
+        for name, (wanted, default) in stage.settings.items():
+            check_setting(call, name, wanted, default=default)
+        check_without(call, stage.extras)
+        axes = bound_axes(call, definition, stage.parameters, stage.other_dtype)
+        for smaller, larger in (("num_q_heads", "num_k_heads"), ("num_q_heads", "num_v_heads")):
+            if spec.axes[larger] % spec.axes[smaller]:
+                raise DumpError(f"{call.name}: {smaller} does not divide {larger}: {spec.axes}")
+        return axes
+
+    def _row(self, spec: KernelSpec, definition: Json, call: Call) -> Row:
+        axes = self._axes_of(spec, definition, call)
+        tensors = {}
+        if spec.variant == "prefill":
+            offsets = stored(call, definition, "cu_seqlens")
+            if axes["len_cu_seqlens"] != axes["num_seqs"] + 1:
+                raise DumpError(
+                    f"{call.name}: {axes['len_cu_seqlens']} offsets for {axes['num_seqs']} states"
+                )
+            check_offsets(call, "cu_seqlens", offsets, axes["total_seq_len"])
+            tensors["cu_seqlens"] = offsets
+        if spec.variant == "mtp":
+            slots = stored(call, definition, "initial_state_indices")
+            check_range(call, "initial_state_indices", slots, 0, axes["pool_size"] - 1)
+            _check_buffer(call, spec, axes)
+            tensors["initial_state_indices"] = slots
+            # The pool ends with the last slot used: what lies behind it is neither read nor
+            # written, and can be most of a GPU's memory.
+            axes["pool_size"] = int(slots.max()) + 1
+        scale = default_scale(call, spec.axes["head_size"])
+        return Row(axes=axes, tensors=tensors, scalars={"scale": scale}, calls=(call.id,))
+
     def baseline(self, spec: KernelSpec) -> str:
         """Call the API; the model's gates are computed here where it takes them ready."""
         arguments = ", ".join(self.definition(spec)["inputs"])
         return _STAGES[spec.variant].baseline.format(arguments=arguments)
+
+
+def _check_buffer(call: Call, spec: KernelSpec, axes: Mapping[str, int]) -> None:
+    """Check the scratch space, of which the API counts rows by sequence, not by slot.
+
+    Raises:
+        DumpError: there is none (a row cannot leave out an input), or it does not fit the tokens.
+    """
+    if axes["seq_len"] < 2:
+        raise DumpError(f"{call.name}: seq_len is {axes['seq_len']}, the definition has 2 or more")
+    size = spec.axes["head_size"]
+    wanted = (axes["seq_len"], spec.axes["num_v_heads"], size, size)
+    buffer = tensor_of(call, "intermediate_states_buffer", 5)
+    if buffer.shape[1:] != wanted or buffer.shape[0] < axes["batch_size"]:
+        raise DumpError(
+            f"{call.name}: intermediate_states_buffer has shape {buffer.shape} for "
+            f"{axes['batch_size']} sequences, expected {('...', *wanted)}"
+        )
 
 
 def _impossible(keys: int, values: int, key_dim: int, value_dim: int, tp: int) -> str:

@@ -3,11 +3,9 @@
 Head counts are those one tensor-parallel rank sees: query heads divided by tp, KV heads divided by
 tp and replicated once there are fewer than tp (sglang/srt/models: `max(1, num_kv_heads // tp)`).
 
-A plan is not a run. SGLang's ragged mode plans the paged prefill wrapper too, for the cached prefix
-of each request, and runs it non-causally and only where there is one
-(`flashinfer_backend.py: forward_extend`). So a paged prefill plan counts only in a process that
-plans no ragged prefill; decode and ragged plans are always run. A plan over an empty KV never
-counts.
+SGLang prefills with the ragged wrapper unless told otherwise. It then plans the paged prefill
+wrapper too, for the cached prefix of each request, and runs it without a mask and only where there
+is a prefix (`flashinfer_backend.py: forward_extend`): which plans count says `plans.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise, product
-
-import numpy as np
+from functools import partial
+from itertools import product
+from typing import Literal
 
 from tasks.model import SOFTMAX, ModelConfig, Serving
 from tasks.ops.base import (
@@ -35,14 +33,32 @@ from tasks.ops.base import (
     Scalar,
     TemplateCall,
     Unmapped,
-    check_axes,
     const,
     const_axes,
     register,
-    rows_of,
     scalar,
     tensor,
     var,
+)
+from tasks.ops.plans import (
+    DTYPE,
+    RAGGED,
+    Evidence,
+    check_causal,
+    check_decode,
+    check_plan,
+    check_reach,
+    check_run,
+    check_tensors,
+    dtype_name,
+    may_be_causal,
+    offsets,
+    paged_row,
+    planned,
+    ragged_row,
+    rows_of_plans,
+    shown,
+    tables,
 )
 
 _UNSCALED_MODEL_TYPES = ("gemma3n", "gemma4")
@@ -67,7 +83,11 @@ _LAYER = "python/sglang/srt/layers/attention/flashinfer_backend.py"
 FLAGS = ("--attention-backend flashinfer",)
 _DECODE = "BatchDecodeWithPagedKVCacheWrapper"
 _PAGED = "BatchPrefillWithPagedKVCacheWrapper"
-RAGGED = "BatchPrefillWithRaggedKVCacheWrapper"
+_TABLES = {
+    "decode": ("indptr", "indices"),
+    "prefill": ("paged_kv_indptr", "paged_kv_indices"),
+}
+"""Stage -> its plan's parameters for each sequence's offset and the tokens' slots."""
 
 _HEADER = """\
 import math
@@ -434,50 +454,8 @@ def _softmax_scale(model: ModelConfig, head_dim: int) -> Scalar:
     )
 
 
-def _check_plain(call: Call) -> None:
-    """Check that a plan is of plain attention.
-
-    Raises:
-        DumpError: it caps the logits or looks back a limited distance.
-    """
-    if call.values.get("logits_soft_cap") not in (None, 0):
-        raise DumpError(f"{call.name}: logits are capped at {call.values['logits_soft_cap']}")
-    if call.values.get("window_left") not in (None, -1):
-        raise DumpError(f"{call.name}: the window is {call.values['window_left']}")
-
-
-def _index(call: Call, name: str) -> np.ndarray:
-    """Load an index tensor of a plan as int32, the definition's dtype."""
-    dumped = call.tensors.get(name)
-    if dumped is None:
-        raise DumpError(f"{call.name}: the dump has no tensor {name!r}")
-    values = dumped.load()
-    if values.ndim != 1 or values.dtype not in (np.int32, np.int64) or values.size == 0:
-        raise DumpError(f"{call.name}: {name} is {values.dtype}{list(values.shape)}, not indices")
-    return values.astype(np.int32)
-
-
-def _indptr(call: Call, name: str) -> np.ndarray:
-    """Load an offset array, which must start at 0 and not decrease."""
-    values = _index(call, name)
-    if values[0] != 0 or (np.diff(values) < 0).any():
-        raise DumpError(f"{call.name}: {name} is not a sequence of offsets")
-    return values
-
-
-def _plan_integers(call: Call, names: Mapping[str, str]) -> dict[str, int]:
-    """Return axis -> value of the plan's integer arguments."""
-    seen = {}
-    for axis, name in names.items():
-        value = call.values.get(name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise DumpError(f"{call.name}: the dump has no integer {name!r}")
-        seen[axis] = value
-    return seen
-
-
 def _plan_names(stage: str) -> dict[str, str]:
-    """Return axis -> a plan's parameter."""
+    """Return const axis -> a plan's parameter."""
     return {
         "num_qo_heads": "num_qo_heads",
         "num_kv_heads": "num_kv_heads",
@@ -485,25 +463,55 @@ def _plan_names(stage: str) -> dict[str, str]:
     }
 
 
-def planned(
-    module: OpModule, variant: str, call: Call, names: Mapping[str, str]
-) -> KernelSpec | None:
-    """Return the kernel that a plan's integer arguments name; nothing if one was not dumped.
+def _check_value_dim(call: Call, head_dim: int) -> None:
+    """Check that values are as wide as keys, unless the plan leaves that to FlashInfer.
 
-    Args:
-        module: the op module.
-        variant: which of its kernels.
-        call: the plan.
-        names: const axis -> the plan's parameter.
+    Raises:
+        DumpError: they are not.
     """
-    try:
-        axes = _plan_integers(call, names)
-    except DumpError:
-        return None
-    name = module.name_of(variant, axes)
-    return KernelSpec(name=name, op_type=module.op_type, variant=variant, axes=axes)
+    value_dim = call.values.get("head_dim_vo")
+    if value_dim not in (None, head_dim):
+        raise DumpError(
+            f"{call.name}: head_dim_vo is {shown(value_dim)}, the definition has {head_dim}"
+        )
 
 
+def _check_paged_run(run: Call, *, axes: Mapping[str, int], rows: int, pages: int) -> None:
+    """Check one run of a paged wrapper against the definition and its plan.
+
+    Raises:
+        DumpError: the queries or the pool are not those of the definition, or too few.
+    """
+    heads, kv_heads, dim = axes["num_qo_heads"], axes["num_kv_heads"], axes["head_dim"]
+    check_tensors(run, {"q": (rows, heads, dim)})
+    for shape, dtype in _caches(run):
+        if dtype != DTYPE:
+            raise DumpError(f"{run.name}: the KV cache is {dtype}, the definition has {DTYPE}")
+        # SGLang's pool is [slots, heads, dim]; with the page size of 1 that it plans, the same as
+        # [slots, 1, heads, dim].
+        if math.prod(shape[1:-1]) != kv_heads or shape[-1] != dim:
+            raise DumpError(f"{run.name}: the KV cache is {shape}, expected [?, {kv_heads}, {dim}]")
+        if shape[0] < pages:
+            raise DumpError(f"{run.name}: a KV cache of {shape[0]} slots, slot {pages - 1} planned")
+
+
+def _caches(run: Call) -> Iterator[tuple[list[int], str | None]]:
+    """Yield shape and data type of a run's key and value cache, as far as they were dumped."""
+    pair = run.values.get("paged_kv_cache")
+    items = pair.get("items") if isinstance(pair, Mapping) else None
+    for item in items if isinstance(items, list) else ():
+        shape = item.get("shape") if isinstance(item, Mapping) else None
+        if not isinstance(shape, list) or not shape or not all(type(n) is int for n in shape):
+            raise DumpError(f"{run.name}: the KV cache's shape is {shown(shape)}")
+        yield shape, dtype_name(item.get("dtype"))
+
+
+_RAGGED_ROLES = {
+    "heads": "num_qo_heads",
+    "kv_heads": "num_kv_heads",
+    "qk": "head_dim",
+    "vo": "head_dim",
+}
 _NAME = "h{num_qo_heads}_kv{num_kv_heads}_d{head_dim}"
 _AXES = {
     "num_qo_heads": "Query heads of one rank.",
@@ -513,7 +521,13 @@ _AXES = {
 }
 
 
-def wrapper_api(module: str, wrapper: str, layer: str = _LAYER) -> FlashInferApi:
+def wrapper_api(
+    module: str,
+    wrapper: str,
+    reads: Sequence[str],
+    prefill: Literal["", "paged", "ragged"] = "",
+    layer: str = _LAYER,
+) -> FlashInferApi:
     """Return a batch wrapper that a flashinfer attention backend of SGLang plans and runs."""
     return FlashInferApi(
         path=f"flashinfer.{module}.{wrapper}",
@@ -521,6 +535,8 @@ def wrapper_api(module: str, wrapper: str, layer: str = _LAYER) -> FlashInferApi
         dumps=(f"{wrapper}.plan", f"{wrapper}.run"),
         server_flags=FLAGS,
         sglang_layer=layer,
+        reads=tuple(reads),
+        prefill=prefill,
     )
 
 
@@ -551,7 +567,10 @@ class GqaPaged(OpModule):
         "decode": f"gqa_paged_decode_{_NAME}_ps{{page_size}}",
         "prefill": f"gqa_paged_prefill_causal_{_NAME}_ps{{page_size}}",
     }
-    apis = (wrapper_api("decode", _DECODE), wrapper_api("prefill", _PAGED))
+    apis = (
+        wrapper_api("decode", _DECODE, _TABLES["decode"]),
+        wrapper_api("prefill", _PAGED, ("qo_indptr", *_TABLES["prefill"]), prefill="paged"),
+    )
     reference_test = f"{ATTEND_TEST}\n\n{HIDE_TEST}\n\n{PAGED_TEST}\n\n{_PAGED_TEST}"
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -664,12 +683,15 @@ class GqaPaged(OpModule):
         }
 
     def implied(self, call: Call) -> KernelSpec | None:
-        """By the plan's heads, head dimension and page size."""
+        """By the plan's heads, head dimension and page size, unless it says no causal mask."""
         stages = {f"{_DECODE}.plan": "decode", f"{_PAGED}.plan": "prefill"}
         if call.name not in stages:
             return None
         stage = stages[call.name]
-        return planned(self, stage, call, {**_plan_names(stage), "page_size": "page_size"})
+        spec = planned(self, stage, call, {**_plan_names(stage), "page_size": "page_size"})
+        masked = stage == "decode" or may_be_causal(call)
+        whole = spec and call.values.get("head_dim_vo") in (None, spec.axes["head_dim"])
+        return spec if masked and whole else None
 
     def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
         """SGLang's pool is [slots, heads, head_dim], a template reads [pages, page_size, ...]."""
@@ -684,54 +706,26 @@ class GqaPaged(OpModule):
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
         """One row per plan that is known to be run."""
         wrapper = _DECODE if spec.variant == "decode" else _PAGED
-        ragged = {call.process for call in calls if call.name == f"{RAGGED}.plan"}
+        return rows_of_plans(calls, wrapper, partial(self._row, spec))
 
-        def make(call: Call) -> Row:
-            if spec.variant == "prefill" and call.process in ragged:
-                raise DumpError(
-                    f"{call.name}: no evidence of a causal run (the process plans ragged "
-                    "prefill, this plan covers cached prefixes only)"
-                )
-            return self._row(spec, call)
-
-        return rows_of(calls, f"{wrapper}.plan", make)
-
-    def _row(self, spec: KernelSpec, call: Call) -> Row:
-        decode = spec.variant == "decode"
-        check_axes(call, _plan_integers(call, _plan_names(spec.variant)), spec.axes)
-        _check_plain(call)
-        planned = _plan_integers(call, {"page_size": "page_size"})["page_size"]
-        if planned != 1:
-            raise DumpError(f"{call.name}: planned with page_size {planned}, expected 1")
-        kv_indptr = _indptr(call, "indptr" if decode else "paged_kv_indptr")
-        total = int(kv_indptr[-1])
-        if total == 0:
-            raise DumpError(f"{call.name}: the KV is empty")
-        kv_indices = _index(call, "indices" if decode else "paged_kv_indices")
-        if kv_indices.size < total:
-            raise DumpError(f"{call.name}: {kv_indices.size} indices for {total} KV tokens")
-        # SGLang allocates prefill indices with slack; only the first indptr[-1] are meant.
-        kv_indices = kv_indices[:total]
-        if kv_indices.min() < 0:
-            raise DumpError(f"{call.name}: negative page index {kv_indices.min()}")
-        stored = {"kv_indptr": kv_indptr, "kv_indices": kv_indices}
-        axes = {"len_indptr": kv_indptr.size}
-        if spec.axes["page_size"] > 1:
-            stored = _regroup(call, stored, spec.axes["page_size"])
-        if decode or spec.axes["page_size"] > 1:
-            axes["batch_size"] = kv_indptr.size - 1
-        if not decode:
-            qo_indptr = _indptr(call, "qo_indptr")
-            if qo_indptr.size != kv_indptr.size:
-                raise DumpError(
-                    f"{call.name}: {qo_indptr.size} query offsets, {kv_indptr.size} KV offsets"
-                )
-            axes["total_q"] = int(qo_indptr[-1])
-            stored = {"qo_indptr": qo_indptr, **stored}
-        axes["num_kv_indices"] = stored["kv_indices"].size
-        # The pool's size is not in a plan; the smallest pool that holds every page is exact.
-        axes["num_pages"] = int(stored["kv_indices"].max()) + 1
-        return Row(axes=axes, tensors=stored, scalars=dict(spec.scalars), calls=(call.id,))
+    def _row(self, spec: KernelSpec, plan: Call, evidence: Evidence) -> Row:
+        axes, stage = spec.axes, spec.variant
+        check_plan(plan, spec, {**_plan_names(stage), "page_size": "page_size"})
+        _check_value_dim(plan, axes["head_dim"])
+        if stage != "decode":
+            check_causal(plan, evidence, paged=True)
+        stored = tables(plan, *_TABLES[stage], axes["page_size"])
+        qo_indptr = None
+        if stage == "decode":
+            check_decode(plan, stored["kv_indptr"])
+        else:
+            qo_indptr = offsets(plan, "qo_indptr")
+            check_reach(plan, qo_indptr, offsets(plan, _TABLES[stage][0]))
+        row = paged_row(plan, spec, stored, qo_indptr)
+        rows = row.axes["batch_size" if stage == "decode" else "total_q"]
+        pages = row.axes["num_pages"] * axes["page_size"]
+        check_run(plan, evidence, partial(_check_paged_run, axes=axes, rows=rows, pages=pages))
+        return row
 
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper; the workspace is allocated once per device."""
@@ -745,40 +739,13 @@ class GqaPaged(OpModule):
         return head + body.format(arguments=arguments, last_page=last)
 
 
-def _regroup(call: Call, stored: dict[str, np.ndarray], page_size: int) -> dict[str, np.ndarray]:
-    """Turn token indices into page ids, exactly or not at all.
-
-    SGLang plans with page size 1 whatever its own page size is; with `--page-size 64` every
-    request's token indices run page by page, from the start of a page.
-
-    Raises:
-        DumpError: a request's indices do not, so they are no indices of pages.
-    """
-    indptr, indices = stored["kv_indptr"], stored["kv_indices"]
-    pages, lengths = [], []
-    for first, end in pairwise(indptr):
-        tokens = indices[first:end]
-        heads = tokens[::page_size]
-        expected = (heads[:, None] + np.arange(page_size)).reshape(-1)[: tokens.size]
-        if (heads % page_size).any() or not np.array_equal(tokens, expected):
-            raise DumpError(f"{call.name}: token indices are not whole pages of {page_size}")
-        pages.append(heads // page_size)
-        lengths.append((tokens.size - 1) % page_size + 1 if tokens.size else 0)
-    counts = [page.size for page in pages]
-    return {
-        "kv_indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        "kv_indices": np.concatenate(pages).astype(np.int32),
-        "kv_last_page_len": np.array(lengths, dtype=np.int32),
-    }
-
-
 @register
 class GqaRagged(OpModule):
     """Causal prefill over contiguous keys and values."""
 
     op_type = "gqa_ragged"
     names = {"prefill": f"gqa_ragged_prefill_causal_{_NAME}"}
-    apis = (wrapper_api("prefill", RAGGED),)
+    apis = (wrapper_api("prefill", RAGGED, ("qo_indptr", "kv_indptr"), prefill="ragged"),)
     reference_test = f"{ATTEND_TEST}\n\n{RAGGED_TEST}"
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -857,40 +824,24 @@ class GqaRagged(OpModule):
         }
 
     def implied(self, call: Call) -> KernelSpec | None:
-        """By the plan's heads and head dimension, where keys and values have one."""
+        """By the plan's heads and head dimension, where keys and values have one.
+
+        Not where it says that there is no causal mask.
+        """
         if call.name != f"{RAGGED}.plan":
             return None
         spec = planned(self, "prefill", call, _plan_names("prefill"))
         same = spec and call.values.get("head_dim_vo") in (None, spec.axes["head_dim"])
-        return spec if same else None
+        return spec if same and may_be_causal(call) else None
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
-        """One row per ragged plan."""
-        return rows_of(calls, f"{RAGGED}.plan", lambda call: self._row(spec, call))
+        """One row per ragged plan that is known to be run."""
+        return rows_of_plans(calls, RAGGED, partial(self._row, spec))
 
-    def _row(self, spec: KernelSpec, call: Call) -> Row:
-        seen = _plan_integers(call, _plan_names("prefill"))
-        check_axes(call, seen, spec.axes)
-        _check_plain(call)
-        if call.values.get("head_dim_vo") not in (None, seen["head_dim"]):
-            raise DumpError(f"{call.name}: head_dim_vo is {call.values['head_dim_vo']}")
-        qo_indptr, kv_indptr = _indptr(call, "qo_indptr"), _indptr(call, "kv_indptr")
-        if qo_indptr.size != kv_indptr.size:
-            raise DumpError(
-                f"{call.name}: {qo_indptr.size} query offsets, {kv_indptr.size} KV offsets"
-            )
-        if kv_indptr[-1] == 0 or qo_indptr[-1] == 0:
-            raise DumpError(f"{call.name}: the KV or the query is empty")
-        return Row(
-            axes={
-                "len_indptr": qo_indptr.size,
-                "total_q": int(qo_indptr[-1]),
-                "total_kv": int(kv_indptr[-1]),
-            },
-            tensors={"qo_indptr": qo_indptr, "kv_indptr": kv_indptr},
-            scalars=dict(spec.scalars),
-            calls=(call.id,),
-        )
+    def _row(self, spec: KernelSpec, plan: Call, evidence: Evidence) -> Row:
+        check_plan(plan, spec, _plan_names("prefill"))
+        _check_value_dim(plan, spec.axes["head_dim"])
+        return ragged_row(plan, spec, evidence, _RAGGED_ROLES)
 
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper."""

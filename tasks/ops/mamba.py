@@ -10,19 +10,35 @@ models).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
 
 from tasks.model import Fields, ModelConfig, Serving
+from tasks.ops.arguments import (
+    bound_axes,
+    check_range,
+    check_setting,
+    check_without,
+    stored,
+    tensor_of,
+)
 from tasks.ops.base import (
+    Call,
+    DumpError,
     FlashInferApi,
     Json,
     KernelSpec,
     NotProduced,
     OpModule,
+    Rejected,
     Requirement,
+    Row,
     Unmapped,
     const,
     register,
+    rows_of,
     tensor,
     var,
 )
@@ -166,23 +182,37 @@ _AXES = {
     "ngroups": "Groups of one rank; the heads of a group share B and C.",
 }
 
+_DUMPED = "selective_state_update"
+_PADDING = -1
+_INPUTS = ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "state_batch_indices")
+_EXTRAS = (
+    *("z", "state_scale", "rand_seed", "dst_state_batch_indices", "cu_seqlens"),
+    *("intermediate_states_buffer", "intermediate_state_indices", "intermediate_state_scales"),
+    "num_accepted_tokens",
+)
+"""Parameters of other kernels behind the same API: gated output, quantised or stochastically
+rounded states, several tokens of a sequence."""
+
 
 @register
 class MambaSsu(OpModule):
     """`mamba_ssu_decode_h{heads}_d{head_dim}_s{state}_ng{groups}`."""
 
     op_type = "mamba_ssu"
+    crosschecked = False
     names = {"decode": "mamba_ssu_decode_h{nheads}_d{head_dim}_s{dstate}_ng{ngroups}"}
     reference_test = _TEST
     apis = (
         FlashInferApi(
             path="flashinfer.mamba.selective_state_update",
-            dumps=("selective_state_update",),
+            dumps=(_DUMPED,),
             # The definition's states are bfloat16; many configs ask SGLang for float32.
             server_flags=("--mamba-backend flashinfer", "--mamba-ssm-dtype bfloat16"),
             sglang_layer="python/sglang/kernels/ops/mamba/triton_ops/ssu_dispatch.py",
+            reads=("state_batch_indices",),
         ),
     )
+    placement = frozenset({"state_cache_size"})
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
         """Mamba layers; of those without heads `required` says why there is no kernel."""
@@ -274,12 +304,79 @@ class MambaSsu(OpModule):
             "reference": _REFERENCE.format_map(axes),
         }
 
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the shapes of the states and of B."""
+        if call.name != _DUMPED:
+            return None
+        with suppress(DumpError):
+            _, heads, head_dim, state = tensor_of(call, "state", 4).shape
+            _, groups, _ = tensor_of(call, "B", 3).shape
+            axes = {"nheads": heads, "head_dim": head_dim, "dstate": state, "ngroups": groups}
+            spec = KernelSpec(
+                name=self.name_of("decode", axes),
+                op_type=self.op_type,
+                variant="decode",
+                axes=axes,
+                origin=("a dumped call's tensors",),
+            )
+            _axes_of(call, self.definition(spec))
+            return spec
+        return None
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per call of one token for each sequence, with the slots of their states."""
+        definition = self.definition(spec)
+        return rows_of(calls, _DUMPED, lambda call: _row(call, definition))
+
     def baseline(self, spec: KernelSpec) -> str:
         """Call the API on a copy of the states: it updates them in place.
 
         Right only for inputs in which `dt`, `A`, `D` and `dt_bias` have one value per head.
         """
         return _BASELINE
+
+
+def _axes_of(call: Call, definition: Json) -> dict[str, int]:
+    """Check a call against a definition and return the var axes.
+
+    That `dt`, `A`, `D` and `dt_bias` have one value per head needs no check: FlashInfer refuses a
+    call in which their other strides are not 0 (selective_state_update.cu). A dump does not show
+    it, since a copy to the host is dense.
+
+    Raises:
+        DumpError: it is a call of another kernel.
+    """
+    check_setting(call, "dt_softplus", True, default=False)
+    check_setting(call, "disable_state_update", False, default=False)
+    check_setting(call, "pad_slot_id", _PADDING, default=_PADDING)
+    check_without(call, _EXTRAS)
+    parameters = {name: name for name in _INPUTS}
+    axes = bound_axes(call, definition, parameters, ("state_batch_indices",))
+    heads, groups = call.tensors["x"].shape[1], call.tensors["B"].shape[1]
+    if heads % groups:
+        raise DumpError(f"{call.name}: {groups} groups do not divide {heads} heads")
+    return axes
+
+
+def _row(call: Call, definition: Json) -> Row:
+    axes = _axes_of(call, definition)
+    slots = stored(call, definition, "state_batch_indices")
+    check_range(call, "state_batch_indices", slots, _PADDING, axes["state_cache_size"] - 1)
+    used = slots[slots != _PADDING]
+    if not len(used):
+        raise DumpError(f"{call.name}: all of {len(slots)} slots are padding")
+    if len(np.unique(used)) != len(used):
+        raise DumpError(f"{call.name}: two sequences have the same slot")
+    # The cache ends with the last slot used, or where there is one for each sequence, as the
+    # definition wants: what lies behind is neither read nor written, and can be most of a GPU's
+    # memory.
+    size = max(int(used.max()) + 1, axes["batch_size"])
+    if size > axes["state_cache_size"]:
+        raise DumpError(
+            f"{call.name}: {axes['batch_size']} sequences, {axes['state_cache_size']} slots"
+        )
+    axes["state_cache_size"] = size
+    return Row(axes=axes, tensors={"state_batch_indices": slots}, calls=(call.id,))
 
 
 def _spellings(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:

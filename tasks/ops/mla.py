@@ -15,17 +15,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import numpy as np
 
 from tasks.model import Fields, ModelConfig, Serving
 from tasks.ops.base import (
     Call,
+    DumpError,
     FlashInferApi,
     Json,
     KernelSpec,
     MetaTensor,
     NotProduced,
     OpModule,
+    Rejected,
+    Row,
     Scalar,
     TemplateCall,
     const,
@@ -40,17 +47,35 @@ from tasks.ops.gqa import (
     FLAGS,
     HIDE_TEST,
     PAGED_TEST,
-    RAGGED,
     RAGGED_TEST,
-    planned,
     ragged_baseline,
     ragged_extent,
     wrapper_api,
+)
+from tasks.ops.plans import (
+    RAGGED,
+    Evidence,
+    check_causal,
+    check_decode,
+    check_plan,
+    check_reach,
+    check_run,
+    check_tensors,
+    lengths,
+    may_be_causal,
+    offsets,
+    paged_row,
+    planned,
+    ragged_row,
+    rows_of_plans,
+    shown,
+    tables,
 )
 
 _LAYER = "python/sglang/srt/layers/attention/flashinfer_mla_backend.py"
 _NO_RAGGED = "--flashinfer-mla-disable-ragged"
 _PAGED = "BatchMLAPagedAttentionWrapper"
+_PAGED_READS = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
 
 _HEADER = """\
 import math
@@ -183,6 +208,20 @@ LATENT_AXES = {
     "page_size": "Tokens in one page of the cache.",
 }
 """The const axes of attention over the latent cache, described."""
+_PLAN_NAMES = {axis: axis for axis in LATENT_AXES} | {"num_qo_heads": "num_heads"}
+"""Const axis -> a plan's parameter."""
+_RAGGED_PLAN_NAMES = {
+    "num_qo_heads": "num_qo_heads",
+    "num_kv_heads": "num_kv_heads",
+    "qk_dim": "head_dim_qk",
+    "vo_dim": "head_dim_vo",
+}
+_RAGGED_ROLES = {
+    "heads": "num_qo_heads",
+    "kv_heads": "num_kv_heads",
+    "qk": "qk_dim",
+    "vo": "vo_dim",
+}
 _RAGGED_AXES = {
     "num_qo_heads": "Query heads of one rank.",
     "num_kv_heads": "Key-value heads of one rank, as many as query heads.",
@@ -279,6 +318,26 @@ def _origin(model: ModelConfig, serving: Serving) -> tuple[str, ...]:
     return (f"{model.num_heads} heads at tp={serving.tp} ({serving.origin})",)
 
 
+def _check_stage(plan: Call, stage: str, qo_indptr: np.ndarray, evidence: Evidence) -> None:
+    """Check whether a plan is of the stage; one wrapper class does both.
+
+    Raises:
+        DumpError: it is not; a decode has one query per sequence and no mask.
+    """
+    causal = plan.values.get("causal")
+    if not isinstance(causal, bool):
+        raise DumpError(f"{plan.name}: causal is {shown(causal)}, not a truth value")
+    if stage == "prefill":
+        check_causal(plan, evidence, paged=True)
+    elif causal:
+        raise DumpError(f"{plan.name}: causal is True, a decode has no mask")
+    elif not np.array_equal(qo_indptr, np.arange(qo_indptr.size)):
+        raise DumpError(
+            f"{plan.name}: {qo_indptr[-1]} queries of {qo_indptr.size - 1} sequences, a decode "
+            "has one of each"
+        )
+
+
 @register
 class MlaPaged(OpModule):
     """Decode and causal prefill over the paged latent cache."""
@@ -288,7 +347,7 @@ class MlaPaged(OpModule):
         "decode": f"mla_paged_decode_{_NAME}",
         "prefill": f"mla_paged_prefill_causal_{_NAME}",
     }
-    apis = (wrapper_api("mla", _PAGED, _LAYER),)
+    apis = (wrapper_api("mla", _PAGED, _PAGED_READS, layer=_LAYER),)
     reference_test = (
         f"{ATTEND_TEST}\n\n{HIDE_TEST}\n\n{PAGED_TEST}\n\n{LATENT_TEST}\n\n{_PAGED_TEST}"
     )
@@ -326,7 +385,9 @@ class MlaPaged(OpModule):
         if spec.axes["page_size"] != 1:
             flags.append(f"--page-size {spec.axes['page_size']}")
         (api,) = self.apis
-        return dataclasses.replace(api, server_flags=tuple(flags))
+        # Never in a session that is to show ragged prefill: the flag turns that off.
+        prefill: Literal["", "paged"] = "paged" if spec.variant == "prefill" else ""
+        return dataclasses.replace(api, server_flags=tuple(flags), prefill=prefill)
 
     def template_call(self, spec: KernelSpec) -> TemplateCall | None:
         """Of decode only: the template knows no `qo_indptr`."""
@@ -351,8 +412,7 @@ class MlaPaged(OpModule):
         causal = call.values.get("causal")
         if call.name != f"{_PAGED}.plan" or not isinstance(causal, bool):
             return None
-        names = {"num_qo_heads": "num_heads"} | {a: a for a in LATENT_AXES if a != "num_qo_heads"}
-        return planned(self, "prefill" if causal else "decode", call, names)
+        return planned(self, "prefill" if causal else "decode", call, _PLAN_NAMES)
 
     def definition(self, spec: KernelSpec) -> Json:
         """Attention of each sequence's queries over its latent pages, with the 2-based LSE."""
@@ -413,6 +473,35 @@ class MlaPaged(OpModule):
             ),
         }
 
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per plan of the stage that is known to be run."""
+        return rows_of_plans(calls, _PAGED, partial(self._row, spec))
+
+    def _row(self, spec: KernelSpec, plan: Call, evidence: Evidence) -> Row:
+        axes = spec.axes
+        check_plan(plan, spec, _PLAN_NAMES)
+        qo_indptr = offsets(plan, "qo_indptr")
+        _check_stage(plan, spec.variant, qo_indptr, evidence)
+        kv_indptr = offsets(plan, "kv_indptr")
+        check_reach(plan, qo_indptr, kv_indptr)
+        if not np.array_equal(lengths(plan, "kv_len_arr"), np.diff(kv_indptr)):
+            raise DumpError(f"{plan.name}: kv_len_arr is not what kv_indptr says")
+        stored = tables(plan, "kv_indptr", "kv_indices", axes["page_size"])
+        decode = spec.variant == "decode"
+        if decode:
+            check_decode(plan, kv_indptr)
+        row = paged_row(plan, spec, stored, None if decode else qo_indptr)
+        query = (int(qo_indptr[-1]), axes["num_qo_heads"])
+        cache = (None, 1)
+        shapes = {
+            "q_nope": (*query, axes["head_dim_ckv"]),
+            "q_pe": (*query, axes["head_dim_kpe"]),
+            "ckv_cache": (*cache, axes["head_dim_ckv"]),
+            "kpe_cache": (*cache, axes["head_dim_kpe"]),
+        }
+        check_run(plan, evidence, partial(check_tensors, shapes=shapes))
+        return row
+
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper; it takes each sequence's length in tokens, not in pages."""
         decode = spec.variant == "decode"
@@ -434,7 +523,7 @@ class MlaRagged(OpModule):
 
     op_type = "mla_ragged"
     names = {"prefill": "mla_ragged_prefill_causal_h{num_qo_heads}_qk{qk_dim}_vo{vo_dim}"}
-    apis = (wrapper_api("prefill", RAGGED, _LAYER),)
+    apis = (wrapper_api("prefill", RAGGED, ("qo_indptr", "kv_indptr"), "ragged", _LAYER),)
     reference_test = f"{ATTEND_TEST}\n\n{RAGGED_TEST}"
 
     def mixes(self, kind: str, model: ModelConfig) -> bool:
@@ -473,17 +562,15 @@ class MlaRagged(OpModule):
         return api
 
     def implied(self, call: Call) -> KernelSpec | None:
-        """By the plan's heads and dimensions, where keys and values differ."""
+        """By the plan's heads and dimensions, where keys and values differ.
+
+        Not where it says that there is no causal mask, as for chunks of a cached prefix.
+        """
         if call.name != f"{RAGGED}.plan":
             return None
-        names = {
-            "num_qo_heads": "num_qo_heads",
-            "num_kv_heads": "num_kv_heads",
-            "qk_dim": "head_dim_qk",
-            "vo_dim": "head_dim_vo",
-        }
-        spec = planned(self, "prefill", call, names)
-        return spec if spec and spec.axes["qk_dim"] != spec.axes["vo_dim"] else None
+        spec = planned(self, "prefill", call, _RAGGED_PLAN_NAMES)
+        differ = spec and spec.axes["qk_dim"] != spec.axes["vo_dim"]
+        return spec if differ and may_be_causal(call) else None
 
     def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
         """The template has one head dimension, which it reads from the queries."""
@@ -535,6 +622,14 @@ class MlaRagged(OpModule):
                 values="v_b",
             ),
         }
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per ragged plan that is known to be run."""
+        return rows_of_plans(calls, RAGGED, partial(self._row, spec))
+
+    def _row(self, spec: KernelSpec, plan: Call, evidence: Evidence) -> Row:
+        check_plan(plan, spec, _RAGGED_PLAN_NAMES)
+        return ragged_row(plan, spec, evidence, _RAGGED_ROLES)
 
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper."""

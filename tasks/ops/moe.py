@@ -1,27 +1,49 @@
 """moe: fused mixture-of-experts kernels of FlashInfer's TensorRT-LLM backend.
 
 Experts are sharded by expert parallelism only: `e` in a name counts the experts of one rank.
+
+What decides the routing is stored in rows, since random logits would spread the tokens over all
+experts alike; tokens and weights are random. Definitions without `local_expert_offset` route among
+one rank's experts, so that a call on one rank of several is none of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
 from tasks.errors import DefinitionError
 from tasks.model import ModelConfig, Moe, Serving
+from tasks.ops.arguments import (
+    bound_axes,
+    check_range,
+    check_setting,
+    check_without,
+    integer_of,
+    scalar_of,
+    stored,
+    tensor_of,
+    value_of,
+)
 from tasks.ops.base import (
+    Call,
+    DumpError,
     FlashInferApi,
     Json,
     KernelSpec,
     NotProduced,
     OpModule,
+    Rejected,
     Requirement,
+    Row,
     Scalar,
     Unmapped,
+    check_axes,
     const,
     register,
+    rows_of,
     scalar,
     tensor,
     var,
@@ -43,6 +65,17 @@ class _Routing(Enum):
     LLAMA4 = "llama4"
     """The top k, each weighted by its sigmoid; the weight scales the expert's input."""
 
+
+_METHODS = {
+    0: _Routing.DEFAULT,
+    1: _Routing.RENORMALIZE,
+    2: _Routing.DEEPSEEK,
+    3: _Routing.LLAMA4,
+    # The k most likely of a softmax, made to add up to one, are the softmax of the top k.
+    4: _Routing.RENORMALIZE,
+}
+"""FlashInfer's numbers of them (tllm_enums.py: `RoutingMethodType`)."""
+_NUMBERS = {_Routing.DEFAULT: 0, _Routing.RENORMALIZE: 1, _Routing.DEEPSEEK: 2}
 
 _VARIANTS = {
     _Routing.DEEPSEEK: ("fp8_block_scale",),
@@ -137,9 +170,52 @@ _KERNELS = {
     ),
 }
 
+_STORED = ("routing_logits", "routing_bias", "topk_ids")
+"""Inputs that decide the routing."""
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "activation_type": (3,),  # SwiGLU
+    "do_finalize": (True,),
+    "norm_topk_prob": (True,),
+    "num_fused_shared_experts": (None, 0),
+    "valid_hidden_size": (None,),
+    "valid_intermediate_size": (None,),
+}
+"""What a call may not ask for otherwise; the first value is the API's default."""
+_EXTRAS = (
+    *("gemm1_bias", "gemm2_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"),
+    "gemm1_lora_delta",
+)
+
 _SHAPE = "e{num_local_experts}_h{hidden_size}_i{intermediate_size}"
 _GROUPED = " with groups"
 """Of a variant in `names`: its name says the routing's groups."""
+
+_BASELINE = """\
+from flashinfer.fused_moe import trtllm_fp8_block_scale_moe
+
+
+def run({arguments}):
+    return trtllm_fp8_block_scale_moe(
+        routing_logits=routing_logits,
+        routing_bias={bias},
+        hidden_states=hidden_states,
+        hidden_states_scale=hidden_states_scale,
+        gemm1_weights=gemm1_weights,
+        gemm1_weights_scale=gemm1_weights_scale,
+        gemm2_weights=gemm2_weights,
+        gemm2_weights_scale=gemm2_weights_scale,
+        num_experts={num_experts},
+        top_k={top_k},
+        n_group={n_group},
+        topk_group={topk_group},
+        intermediate_size={intermediate_size},
+        local_expert_offset={offset},
+        local_num_experts={num_local_experts},
+        routed_scaling_factor={factor},
+        routing_method_type={method},
+        use_shuffled_weight=False,
+    )
+"""
 
 _HEAD = """\
 import torch
@@ -586,12 +662,17 @@ def _routing_scalars(model: ModelConfig) -> dict[str, Scalar]:
     return {"routed_scaling_factor": Scalar(value=factor, source=source)}
 
 
+_BY_API = {kernel.api: variant for variant, kernel in _KERNELS.items()}
 _APIS = {
     variant: FlashInferApi(
         path=f"flashinfer.fused_moe.{kernel.api}",
         dumps=(kernel.api,),
         server_flags=("--moe-runner-backend flashinfer_trtllm",),
         sglang_layer=kernel.sglang_layer,
+        reads=("topk_ids",)
+        if variant == "fp4_block_scale_routed"
+        else ("routing_logits", "routing_bias"),
+        quantization="fp4" if variant.startswith("fp4") else "fp8",
     )
     for variant, kernel in _KERNELS.items()
 }
@@ -607,6 +688,7 @@ class FusedMoe(OpModule):
     """
 
     op_type = "moe"
+    crosschecked = False
     names = {
         "fp8_block_scale": f"moe_fp8_block_scale_{{routing}}_topk{{top_k}}_{_SHAPE}",
         "fp8_block_scale" + _GROUPED: (
@@ -869,3 +951,179 @@ class FusedMoe(OpModule):
                 _ROUTE_PRECOMPUTED if routed else _route(spec),
             ),
         }
+
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the call's routing method, experts and sizes, where a definition has all of them."""
+        if call.name not in _BY_API:
+            return None
+        with suppress(DumpError):
+            spec = self._called(call)
+            self._axes_of(spec, self.definition(spec), call)
+            return spec
+        return None
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per call, with the tensors that decide its routing."""
+        definition = self.definition(spec)
+        api = _KERNELS[spec.variant].api
+        return rows_of(calls, api, lambda call: self._row(spec, definition, call))
+
+    def _called(self, call: Call) -> KernelSpec:
+        """Return the kernel that a call's numbers describe.
+
+        Raises:
+            DumpError: they describe none of this family's.
+        """
+        variant = _BY_API[call.name]
+        local = integer_of(call, "local_num_experts")
+        axes = {
+            "num_experts": integer_of(call, "num_experts"),
+            "num_local_experts": local,
+            "hidden_size": _hidden_size(call),
+            "intermediate_size": integer_of(call, "intermediate_size"),
+            "top_k": integer_of(call, "top_k"),
+        }
+        routing = _Routing.RENORMALIZE
+        # What comes routed already has no method; SGLang passes 1, "unused".
+        if variant != "fp4_block_scale_routed":
+            method = integer_of(call, "routing_method_type", 0, least=0)
+            if method not in _METHODS or variant not in _VARIANTS[_METHODS[method]]:
+                raise DumpError(
+                    f"{call.name}: routing_method_type is {method}, which no definition has"
+                )
+            routing = _METHODS[method]
+        constants: dict[str, int | float | str] = {"routing": routing.value}
+        named = variant
+        if routing is _Routing.DEEPSEEK:
+            constants |= {name: _groups(call, name) for name in ("n_group", "topk_group")}
+            named += _GROUPED
+        return KernelSpec(
+            name=self.name_of(named, axes, constants),
+            op_type=self.op_type,
+            variant=variant,
+            axes=axes,
+            constants=constants,
+            origin=("a dumped call's arguments",),
+        )
+
+    def _axes_of(self, spec: KernelSpec, definition: Json, call: Call) -> dict[str, int]:
+        """Check a call against a definition and return the var axes.
+
+        Raises:
+            DumpError: it is a call of another kernel.
+        """
+        called, inputs = self._called(call), definition["inputs"]
+        deepseek = "local_expert_offset" in inputs
+        wanted = {
+            **spec.axes,
+            **{name: n for name, n in spec.constants.items() if isinstance(n, int)},
+        }
+        if not deepseek:
+            wanted["num_experts"] = spec.axes["num_local_experts"]
+        routings = called.constants["routing"], spec.constants["routing"]
+        if spec.variant != "fp4_block_scale_routed" and routings[0] != routings[1]:
+            raise DumpError(
+                f"{call.name}: the routing is {routings[0]}, the definition has {routings[1]}"
+            )
+        numbers = {name: n for name, n in called.constants.items() if isinstance(n, int)}
+        check_axes(call, {**called.axes, **numbers}, wanted)
+        self._check_settings(spec, deepseek, call)
+        carried = [name for name, declared in inputs.items() if declared["shape"] is not None]
+        if spec.variant.startswith("fp4"):
+            # In these definitions FP4 is float32 or bfloat16, in calls two numbers to a byte.
+            carried = [name for name in carried if name in _STORED]
+            _check_packed_weights(call, spec)
+        axes = bound_axes(call, definition, {name: name for name in carried}, _STORED)
+        tokens = tensor_of(call, "hidden_states", 2).shape[0]
+        if tokens != axes["seq_len"]:
+            raise DumpError(f"{call.name}: {tokens} tokens, routing for {axes['seq_len']}")
+        return axes
+
+    def _check_settings(self, spec: KernelSpec, deepseek: bool, call: Call) -> None:
+        """Check that a call asks for nothing that the definition does not compute.
+
+        Raises:
+            DumpError: it does.
+        """
+        for name, values in _PLAIN.items():
+            check_setting(call, name, *values, default=values[0])
+        check_without(call, _EXTRAS)
+        on_input = spec.constants["routing"] == _Routing.LLAMA4.value
+        if not deepseek:
+            check_setting(call, "local_expert_offset", 0)
+            check_setting(call, "routed_scaling_factor", None, 1.0, 1)
+            if not on_input:
+                check_without(call, ("routing_bias",))
+        if spec.variant == "fp8_per_tensor":
+            check_setting(call, "use_routing_scales_on_input", on_input)
+
+    def _row(self, spec: KernelSpec, definition: Json, call: Call) -> Row:
+        axes = self._axes_of(spec, definition, call)
+        inputs = definition["inputs"]
+        # Logits in bfloat16 become the float32 ones of DeepSeek's routing as they are. Those that
+        # would have to be rounded are refused: the router would choose other experts.
+        tensors = {name: stored(call, definition, name) for name in _STORED if name in inputs}
+        if "topk_ids" in tensors:
+            experts = tensors["topk_ids"] >> 16
+            check_range(call, "topk_ids >> 16", experts, 0, spec.axes["num_local_experts"] - 1)
+        scalars = {}
+        if "local_expert_offset" in inputs:
+            offset = scalar_of(call, spec, "local_expert_offset", "local_expert_offset")
+            last = spec.axes["num_experts"] - spec.axes["num_local_experts"]
+            if type(offset.value) is not int or not 0 <= offset.value <= last:
+                raise DumpError(
+                    f"{call.name}: local_expert_offset is {offset.value}, expected 0 to {last}"
+                )
+            scalars = {
+                "local_expert_offset": offset,
+                "routed_scaling_factor": scalar_of(
+                    call, spec, "routed_scaling_factor", "routed_scaling_factor"
+                ),
+            }
+        return Row(axes=axes, tensors=tensors, scalars=scalars, calls=(call.id,))
+
+    def baseline(self, spec: KernelSpec) -> str | None:
+        """Wrap the FP8 block-scale function.
+
+        None for the others: their kernels take weights that are quantised (FP4) and shuffled for
+        them, so that a wrapper would do that to all weights on each call.
+        """
+        if spec.variant != "fp8_block_scale":
+            return None
+        axes, deepseek = spec.axes, spec.constants["routing"] == _Routing.DEEPSEEK.value
+        return _BASELINE.format(
+            arguments=", ".join(self.definition(spec)["inputs"]),
+            bias="routing_bias" if deepseek else None,
+            num_experts=axes["num_experts" if deepseek else "num_local_experts"],
+            num_local_experts=axes["num_local_experts"],
+            top_k=axes.get("top_k", spec.constants.get("top_k")),
+            n_group=spec.constants.get("n_group"),
+            topk_group=spec.constants.get("topk_group"),
+            intermediate_size=axes["intermediate_size"],
+            offset="int(local_expert_offset)" if deepseek else 0,
+            factor="float(routed_scaling_factor)" if deepseek else 1.0,
+            method=_NUMBERS[_Routing(spec.constants["routing"])],
+        )
+
+
+def _hidden_size(call: Call) -> int:
+    """Return the width of the tokens, of which FP4 has two numbers in a byte."""
+    tokens = tensor_of(call, "hidden_states", 2)
+    return tokens.shape[1] * (2 if tokens.dtype == "uint8" else 1)
+
+
+def _groups(call: Call, name: str) -> int:
+    """Return a number of groups; None, 0 and 1 are the same to the kernel: all experts."""
+    return 1 if value_of(call, name) is None else max(1, integer_of(call, name, least=0))
+
+
+def _check_packed_weights(call: Call, spec: KernelSpec) -> None:
+    """Check the shape of the weights of up and gate, of which FP4 has two numbers in a byte.
+
+    Raises:
+        DumpError: they are of another model.
+    """
+    axes = spec.axes
+    experts, rows, columns = tensor_of(call, "gemm1_weights", 3).shape
+    seen = {"num_local_experts": experts, "gemm1_out_size": rows, "hidden_size": 2 * columns}
+    check_axes(call, seen, {**axes, "gemm1_out_size": 2 * axes["intermediate_size"]})

@@ -27,6 +27,7 @@ from tasks.ops.base import (
     tensor,
     var,
 )
+from tasks.ops.plans import check_tensor, shown
 
 _QK_NORM_MODEL_TYPES = (
     *("qwen3", "gemma3", "gemma4", "exaone4", "exaone_moe", "dots1", "step3p5", "lfm2", "sdar"),
@@ -142,6 +143,27 @@ def _api(function: str) -> FlashInferApi:
     )
 
 
+def _shape(call: Call) -> tuple[int, int]:
+    """Return the rows and the width of a call's input."""
+    hidden = call.tensors.get("input")
+    if hidden is None:
+        raise DumpError(f"{call.name}: the dump has no tensor 'input'")
+    if len(hidden.shape) != 2:
+        raise DumpError(f"{call.name}: input has {len(hidden.shape)} dimensions, expected 2")
+    check_tensor(call, "input", (None, None))
+    return hidden.shape[0], hidden.shape[1]
+
+
+def _eps(call: Call) -> float:
+    """Return a call's epsilon."""
+    eps = call.values.get("eps")
+    if eps is None:
+        raise DumpError(f"{call.name}: the dump has no eps")
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise DumpError(f"{call.name}: eps is {shown(eps)}")
+    return eps
+
+
 @register
 class RmsNorm(OpModule):
     """`rmsnorm_h{hidden}` and `fused_add_rmsnorm_h{hidden}`; not sharded by tensor parallelism."""
@@ -217,10 +239,13 @@ class RmsNorm(OpModule):
 
     def implied(self, call: Call) -> KernelSpec | None:
         """By the width of the rows and the epsilon it was called with."""
-        hidden, eps = call.tensors.get("input"), call.values.get("eps")
-        if call.name not in self.names or hidden is None or not isinstance(eps, float):
+        if call.name not in self.names:
             return None
-        return self._spec(call.name, hidden.shape[-1], eps, "a dumped call's input")
+        try:
+            (_, hidden), eps = _shape(call), _eps(call)
+        except DumpError:
+            return None
+        return self._spec(call.name, hidden, eps, "a dumped call's input")
 
     def as_called(self, template: Json, spec: KernelSpec) -> tuple[Json, tuple[str, ...]]:
         """The template's epsilon is its own, whatever the call's was."""
@@ -272,22 +297,18 @@ class RmsNorm(OpModule):
         return rows_of(calls, spec.variant, lambda call: self._row(spec, call))
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
-        hidden = call.tensors.get("input")
-        if hidden is None:
-            raise DumpError(f"{call.name}: the dump has no tensor 'input'")
-        if len(hidden.shape) != 2:
-            raise DumpError(f"{call.name}: input has {len(hidden.shape)} dimensions, expected 2")
-        check_axes(call, {"hidden_size": hidden.shape[1]}, spec.axes)
-        eps = call.values.get("eps")
-        if eps is None:
-            raise DumpError(f"{call.name}: the dump has no eps")
+        rows, hidden = _shape(call)
+        check_axes(call, {"hidden_size": hidden}, spec.axes)
+        eps = _eps(call)
         if eps != spec.constants["eps"]:
             raise DumpError(
                 f"{call.name}: eps is {eps:g}, the definition has {spec.constants['eps']:g}"
             )
-        if hidden.shape[0] == 0:
+        if rows == 0:
             raise DumpError(f"{call.name}: empty input")
-        return Row(axes={"batch_size": hidden.shape[0]}, calls=(call.id,))
+        check_tensor(call, "residual", (rows, hidden))
+        check_tensor(call, "weight", (hidden,))
+        return Row(axes={"batch_size": rows}, calls=(call.id,))
 
     def baseline(self, spec: KernelSpec) -> str:
         """Wrap the FlashInfer function."""

@@ -13,18 +13,33 @@ style they are neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from tasks.model import Fields, ModelConfig, Serving
+from tasks.ops.arguments import (
+    bound_axes,
+    check_range,
+    check_setting,
+    integer_of,
+    stored,
+    tensor_of,
+)
 from tasks.ops.base import (
+    Call,
+    DumpError,
     FlashInferApi,
     Json,
     KernelSpec,
     OpModule,
+    Rejected,
     Requirement,
+    Row,
     Unmapped,
+    check_axes,
     const,
     register,
+    rows_of,
     tensor,
     var,
 )
@@ -133,11 +148,16 @@ def check(inputs, outputs, kernel):
 '''
 
 
+_DUMPED = "apply_rope_with_cos_sin_cache_inplace"
+_NEOX = {"neox": True, "gptj": False}
+
+
 @register
 class Rope(OpModule):
     """`rope_with_cos_sin_cache_{neox|gptj}_style_d{head_dim}_rd{rotary_dim}`; not sharded."""
 
     op_type = "rope"
+    crosschecked = False
     reference_test = _TEST
     names = {
         style: f"rope_with_cos_sin_cache_{style}_style_d{{head_size}}_rd{{rotary_dim}}"
@@ -146,7 +166,8 @@ class Rope(OpModule):
     apis = (
         FlashInferApi(
             path="flashinfer.rope.apply_rope_with_cos_sin_cache_inplace",
-            dumps=("apply_rope_with_cos_sin_cache_inplace",),
+            dumps=(_DUMPED,),
+            reads=("positions",),
             # It calls SGLang's own kernel of the same name (sglang.kernels.ops.attention.rope).
             sglang_layer="python/sglang/srt/layers/rotary_embedding/base.py",
         ),
@@ -226,9 +247,70 @@ class Rope(OpModule):
             ),
         }
 
+    def implied(self, call: Call) -> KernelSpec | None:
+        """By the head size, the width of the cache and the style."""
+        if call.name != _DUMPED:
+            return None
+        with suppress(DumpError):
+            cache = tensor_of(call, "cos_sin_cache", 2)
+            axes = {
+                "head_size": integer_of(call, "head_size"),
+                "rotary_dim": cache.shape[1],
+            }
+            style = "neox" if call.values.get("is_neox", True) is True else "gptj"
+            spec = KernelSpec(
+                name=self.name_of(style, axes),
+                op_type=self.op_type,
+                variant=style,
+                axes=axes,
+                origin=("a dumped call's arguments",),
+            )
+            self._axes_of(spec, self.definition(spec), call)
+            return spec
+        return None
+
+    def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
+        """One row per call, with its positions; the cache is random, as weights are."""
+        definition = self.definition(spec)
+        return rows_of(calls, _DUMPED, lambda call: self._row(spec, definition, call))
+
+    def _axes_of(self, spec: KernelSpec, definition: Json, call: Call) -> dict[str, int]:
+        """Check a call against a definition and return the var axes.
+
+        Raises:
+            DumpError: it is a call of another kernel.
+        """
+        check_setting(call, "is_neox", _NEOX[spec.variant], default=True)
+        head_size = integer_of(call, "head_size")
+        check_axes(call, {"head_size": head_size}, spec.axes)
+        parameters = {name: name for name in ("cos_sin_cache", "positions")}
+        axes = bound_axes(call, definition, parameters, ("positions",))
+        # The API takes heads side by side, the definition one behind the other.
+        for name, parameter in (("q", "query"), ("k", "key")):
+            given, wanted = tensor_of(call, parameter, 2), definition["inputs"][name]
+            tokens, width = given.shape
+            if given.dtype != wanted["dtype"]:
+                raise DumpError(
+                    f"{call.name}: {parameter} is {given.dtype}, the definition has "
+                    f"{wanted['dtype']}"
+                )
+            if tokens != axes["num_tokens"] or width < 1 or width % head_size:
+                raise DumpError(
+                    f"{call.name}: {parameter} has shape {given.shape}, expected "
+                    f"{axes['num_tokens']} tokens of heads of {head_size}"
+                )
+            axes[wanted["shape"][1]] = width // head_size
+        return axes
+
+    def _row(self, spec: KernelSpec, definition: Json, call: Call) -> Row:
+        axes = self._axes_of(spec, definition, call)
+        positions = stored(call, definition, "positions")
+        check_range(call, "positions", positions, 0, axes["max_seq_len"] - 1)
+        return Row(axes=axes, tensors={"positions": positions}, calls=(call.id,))
+
     def baseline(self, spec: KernelSpec) -> str:
         """Call the API on copies."""
-        return _BASELINE.format(is_neox=spec.variant == "neox")
+        return _BASELINE.format(is_neox=_NEOX[spec.variant])
 
 
 def _rules(model: ModelConfig) -> list[Fields]:

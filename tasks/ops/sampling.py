@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from tasks.model import ModelConfig, Serving
 from tasks.ops.base import (
     Call,
@@ -23,6 +25,7 @@ from tasks.ops.base import (
     tensor,
     var,
 )
+from tasks.ops.plans import check_tensor, shown
 
 _FILTERS = {
     "top_k_sampling_from_probs": ("top_k",),
@@ -34,6 +37,10 @@ _DESCRIPTION = {
     "top_k": "How many of the most likely tokens stay, per sequence.",
     "top_p": "Cumulative probability that stays (nucleus), per sequence.",
 }
+
+_ORDERS = (None, "top_k_first", "joint")
+"""FlashInfer's ways to combine two filters. The definition's is the default, `top_k_first`; SGLang
+asks for `joint` (`sampler.py`). Which tokens stay may differ, what a row holds does not."""
 
 _HEAD = """\
 import torch
@@ -198,7 +205,42 @@ def _api(function: str) -> FlashInferApi:
         dumps=(function,),
         server_flags=("--sampling-backend flashinfer",),
         sglang_layer="python/sglang/srt/layers/sampler.py",
+        reads=_FILTERS[function],
     )
+
+
+def _shape(call: Call) -> tuple[int, int]:
+    """Return the rows and the width of a call's probabilities."""
+    probs = call.tensors.get("probs")
+    if probs is None or len(probs.shape) != 2:
+        raise DumpError(f"{call.name}: the dump has no two-dimensional tensor 'probs'")
+    check_tensor(call, "probs", (None, None), dtype="float32")
+    return probs.shape[0], probs.shape[1]
+
+
+def _thresholds(call: Call, name: str, batch: int) -> np.ndarray:
+    """Load one threshold per row, as the definition has it.
+
+    Raises:
+        DumpError: there are none, or some that FlashInfer's kernels mean nothing by.
+    """
+    dumped = call.tensors.get(name)
+    if dumped is None:
+        one = call.values.get(name)
+        raise DumpError(
+            f"{call.name}: the dump has no tensor {name!r}"
+            if one is None
+            else f"{call.name}: {name} is {shown(one)} for all rows, the definition has one of each"
+        )
+    check_tensor(call, name, (batch,), dtype=_DTYPE[name])
+    values = dumped.load()
+    if values.shape != (batch,) or values.dtype != _DTYPE[name]:
+        raise DumpError(f"{call.name}: {name} is {values.dtype}{list(values.shape)}")
+    # A top-k of at least the vocabulary filters nothing: SGLang's default is 2^30.
+    means = values >= 1 if name == "top_k" else (values > 0) & (values <= 1)
+    if not means.all():
+        raise DumpError(f"{call.name}: {name} has a {values[~means][0]}")
+    return values
 
 
 @register
@@ -263,10 +305,13 @@ class Sampling(OpModule):
 
     def implied(self, call: Call) -> KernelSpec | None:
         """By the width of the probabilities."""
-        probs = call.tensors.get("probs")
-        if call.name not in self.names or probs is None or len(probs.shape) != 2:
+        if call.name not in self.names:
             return None
-        axes = {"vocab_size": probs.shape[1]}
+        try:
+            _, vocabulary = _shape(call)
+        except DumpError:
+            return None
+        axes = {"vocab_size": vocabulary}
         name = self.name_of(call.name, axes)
         return KernelSpec(name=name, op_type=self.op_type, variant=call.name, axes=axes)
 
@@ -275,19 +320,17 @@ class Sampling(OpModule):
         return rows_of(calls, spec.variant, lambda call: self._row(spec, call))
 
     def _row(self, spec: KernelSpec, call: Call) -> Row:
-        probs = call.tensors.get("probs")
-        if probs is None or len(probs.shape) != 2:
-            raise DumpError(f"{call.name}: the dump has no two-dimensional tensor 'probs'")
-        check_axes(call, {"vocab_size": probs.shape[1]}, spec.axes)
-        stored = {}
-        for name in _FILTERS[spec.variant]:
-            dumped = call.tensors.get(name)
-            if dumped is None:
-                raise DumpError(f"{call.name}: {name} is not a tensor in the dump")
-            if dumped.shape != (probs.shape[0],):
-                raise DumpError(f"{call.name}: {name} has shape {dumped.shape}")
-            stored[name] = dumped.load()
-        return Row(axes={"batch_size": probs.shape[0]}, tensors=stored, calls=(call.id,))
+        batch, vocabulary = _shape(call)
+        check_axes(call, {"vocab_size": vocabulary}, spec.axes)
+        if batch == 0:
+            raise DumpError(f"{call.name}: empty batch")
+        if "indices" in call.tensors or call.values.get("indices") is not None:
+            raise DumpError(f"{call.name}: rows share probabilities (indices is given)")
+        order = call.values.get("filter_apply_order")
+        if order not in _ORDERS:
+            raise DumpError(f"{call.name}: filter_apply_order is {shown(order)}")
+        stored = {name: _thresholds(call, name, batch) for name in _FILTERS[spec.variant]}
+        return Row(axes={"batch_size": batch}, tensors=stored, calls=(call.id,))
 
     def baseline(self, spec: KernelSpec) -> str:
         """Wrap the FlashInfer function."""

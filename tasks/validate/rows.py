@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tasks import constraints
 from tasks.dataset import DefinitionFiles
 from tasks.errors import InputError
 from tasks.files import safe_name
-from tasks.validate import blobs, constraints
+from tasks.validate import blobs
 from tasks.validate.findings import Findings
 from tasks.validate.listing import BadFileError, parse_object
 

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from tasks import sandbox
+from tasks.constraints import holds
 from tasks.errors import InputError
 from tasks.validate import bench
-from tasks.validate.constraints import holds
 from tasks.validate.dataset import validate
 from tasks.validate.findings import Findings, Report
 from tests.conftest import DATA

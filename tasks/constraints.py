@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -18,18 +20,69 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_COMPARISONS: dict[type[ast.cmpop], Callable[[int, int], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
+_COMPARISONS: dict[type[ast.cmpop], tuple[str, Callable[[int, int], bool]]] = {
+    ast.Eq: ("==", operator.eq),
+    ast.NotEq: ("!=", operator.ne),
+    ast.Lt: ("<", operator.lt),
+    ast.LtE: ("<=", operator.le),
+    ast.Gt: (">", operator.gt),
+    ast.GtE: (">=", operator.ge),
 }
 
 
 class _UnknownError(Exception):
     """The expression is of another form, or about values that are not at hand."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A constraint with its numbers filled in."""
+
+    left: int
+    sign: str
+    right: int
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.sign} {self.right}"
+
+
+@lru_cache(maxsize=256)
+def _parsed(constraint: str) -> ast.Compare | None:
+    """Return the one comparison that a constraint is; None if it is anything else."""
+    try:
+        tree = ast.parse(constraint, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return tree if isinstance(tree, ast.Compare) and len(tree.ops) == 1 else None
+
+
+def compare(
+    constraint: str,
+    axes: Mapping[str, int],
+    shape: Callable[[str], tuple[int, ...] | None],
+    element: Callable[[str, int], int | None],
+) -> Comparison | None:
+    """Return both sides of a constraint in a row; None if they cannot be known here.
+
+    Args:
+        constraint: an expression.
+        axes: all axes.
+        shape: returns the shape of an input.
+        element: returns one element of an index tensor, if it is stored.
+    """
+    tree = _parsed(constraint)
+    known = _COMPARISONS.get(type(tree.ops[0])) if tree else None
+    if tree is None or known is None:
+        return None
+    sign, holding = known
+    try:
+        left, right = (
+            _value(node, axes, shape, element) for node in (tree.left, tree.comparators[0])
+        )
+    except (_UnknownError, ZeroDivisionError, ValueError, RecursionError, MemoryError):
+        return None
+    return Comparison(left, sign, right, holding(left, right))
 
 
 def holds(
@@ -40,25 +93,10 @@ def holds(
 ) -> bool | None:
     """Say whether a constraint holds in a row; None if that cannot be said here.
 
-    Args:
-        constraint: an expression.
-        axes: all axes.
-        shape: returns the shape of an input.
-        element: returns one element of an index tensor, if it is stored.
+    The arguments are those of `compare`.
     """
-    try:
-        tree = ast.parse(constraint, mode="eval").body
-        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
-            return None
-        compare = _COMPARISONS.get(type(tree.ops[0]))
-        if compare is None:
-            return None
-        left, right = (
-            _value(node, axes, shape, element) for node in (tree.left, tree.comparators[0])
-        )
-        return compare(left, right)
-    except (_UnknownError, ZeroDivisionError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    compared = compare(constraint, axes, shape, element)
+    return None if compared is None else compared.holds
 
 
 def _value(node: ast.expr, axes: Mapping[str, int], shape: Any, element: Any) -> int:

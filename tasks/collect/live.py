@@ -1,0 +1,118 @@
+"""From a run manifest to planned sessions, and from served sessions to one kernel's calls."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from collections.abc import Collection
+from pathlib import Path
+
+from tasks.collect.dumps import CallLog
+from tasks.collect.place import Outcome, outcomes
+from tasks.collect.plan import Plan, plan_sessions
+from tasks.collect.request import CollectRequest
+from tasks.collect.session import Session
+from tasks.collect.store import CallStore
+from tasks.errors import CollectError, InputError
+from tasks.manifest import RunManifest
+from tasks.model import ModelConfig
+from tasks.ops.base import KernelSpec
+
+_SECONDS = 60
+_WHERE = """\
+import importlib.util
+spec = importlib.util.find_spec("sglang")
+print(next(iter(spec.submodule_search_locations)) if spec else "")
+"""
+
+
+def plan_collection(
+    request: CollectRequest, run: RunManifest, model: ModelConfig, flags: Collection[str]
+) -> Plan:
+    """Plan the sessions that a request needs.
+
+    Args:
+        request: what the user asked for.
+        run: its manifest.
+        model: the model's config.
+        flags: the server flags of the SGLang that will run.
+
+    Raises:
+        InputError: a definition is not the manifest's, or it is not known what to serve.
+        CollectError: SGLang lacks a flag that a session needs.
+    """
+    specs = [KernelSpec.model_validate(entry.spec) for entry in request.chosen(run)]
+    return plan_sessions(specs, model, request.wish(run), flags)
+
+
+def installed_sglang(python: Path | None) -> Path | None:
+    """Return the folder that holds the installed `sglang` package, without importing it.
+
+    Args:
+        python: the interpreter it is installed for; this one if not given.
+
+    Raises:
+        InputError: the interpreter does not run.
+    """
+    if python is None:
+        spec = importlib.util.find_spec("sglang")
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        return Path(places[0]).parent if places else None
+    try:
+        answer = subprocess.run(
+            [str(python), "-c", _WHERE],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"collect.python: {python} does not run ({error})") from error
+    place = answer.stdout.strip()
+    return Path(place).parent if place else None
+
+
+def served_calls(sessions: Path, name: str) -> tuple[CallLog, list[Session]]:
+    """Return the calls of the complete sessions that served a definition, and those sessions.
+
+    Raises:
+        CollectError: no session served it, or none of its calls was seen; the text says why.
+    """
+    served = [
+        (place, found) for place, found in outcomes(sessions) if name in found.session.expects
+    ]
+    if not served:
+        raise CollectError(
+            f"{name}: there are no calls to collect from; serve the model on a GPU (onboard "
+            "collect, or collect.serve), give a folder of recorded calls with --dumps, or go on "
+            "without workloads with --skip-workload"
+        )
+    showing = [(place, found) for place, found in served if name not in found.missing]
+    if not showing:
+        reasons = "; ".join(
+            f"session {found.session.id}: {found.missing[name]}" for _, found in served
+        )
+        raise CollectError(f"{name}: {reasons}")
+    log = CallLog()
+    for place, _ in showing:
+        part = CallStore(place.store).log()
+        log.calls.extend(part.calls)
+        log.unreadable.update(part.unreadable)
+    return log, [found.session for _, found in showing]
+
+
+def session_table(found: list[Outcome]) -> list[dict[str, str]]:
+    """Return what sessions came to, a row each."""
+    return [
+        {
+            "session": outcome.session.id,
+            "definitions": str(len(outcome.session.definitions)),
+            "launches": str(outcome.launches),
+            "requests": f"{outcome.served.requests} ({outcome.served.failed} failed)",
+            "tokens/s": f"{outcome.tokens_per_second:.0f}",
+            "calls": str(sum(outcome.fired.values())),
+            "most on disk": f"{outcome.peak_mb:.0f} MB",
+            "seconds": f"{outcome.served.seconds:.0f}",
+        }
+        for outcome in found
+    ]

@@ -1,0 +1,128 @@
+"""The folder of one session: what is known of it, on disk, whatever happens to who serves it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
+
+from tasks import files
+from tasks.collect.failures import Adjustment, Failure
+from tasks.collect.session import Served, Session
+
+Say = Callable[[str], None]
+"""Told the operator's lines: few, for each costs the Prefect server some work."""
+
+
+class Attempt(BaseModel):
+    """One launch of a session."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adjustment: Adjustment
+    dumps: Path
+    failure: Failure | None = None
+
+
+class Outcome(BaseModel):
+    """What a complete session came to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    session: Session
+    launches: int
+    gpus: tuple[str, ...]
+    served: Served
+    fired: dict[str, int]
+    """Dumped name -> calls recorded, of all ranks."""
+    missing: dict[str, str]
+    """Definition -> why none of its calls was seen."""
+    notes: list[str]
+    versions: dict[str, list[str]]
+    unreadable: dict[str, int]
+    thinned: int
+    """Calls whose tensors the store had no room for."""
+    notices: dict[str, int]
+    """What FlashInfer's own logs said of dumps that it did not write."""
+    peak_mb: float
+    """The most that lay on disk in dumps at a time."""
+    pauses: int
+    """How often the server was stopped until the consumer had caught up."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens per second of traffic."""
+        return self.served.output_tokens / self.served.seconds if self.served.seconds else 0.0
+
+
+class Place:
+    """The folder of one session: what is known of it, on disk.
+
+    Its name has a digest of the session, so that another plan never takes this one's calls.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = self.root / "calls.sqlite"
+        self.served = self.root / "served.json"
+        self._attempts = self.root / "attempts.json"
+        self._outcome = self.root / "outcome.json"
+
+    @classmethod
+    def of(cls, sessions: Path, session: Session) -> Place:
+        """Return a session's place in the folder of all sessions."""
+        digest = hashlib.sha256(session.model_dump_json().encode()).hexdigest()[:8]
+        return cls(sessions / f"{files.safe_name(session.id, 'session id')}-{digest}")
+
+    @contextmanager
+    def alone(self, say: Say) -> Iterator[None]:
+        """Keep other processes out of the session while the block runs."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            say(f"{self.root.name}: another run serves it, waiting")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def outcome(self) -> Outcome | None:
+        """Return how the session ended, if it is complete."""
+        if not self._outcome.exists():
+            return None
+        return Outcome.model_validate_json(self._outcome.read_bytes())
+
+    def finish(self, outcome: Outcome) -> None:
+        """Record that the session is complete."""
+        files.write_text(self._outcome, outcome.model_dump_json(indent=2) + "\n")
+
+    def attempts(self) -> list[Attempt]:
+        """Return the launches so far."""
+        if not self._attempts.exists():
+            return []
+        return _Attempts.model_validate_json(self._attempts.read_bytes()).attempts
+
+    def record(self, attempts: list[Attempt]) -> None:
+        """Record the launches so far."""
+        files.write_text(self._attempts, _Attempts(attempts=attempts).model_dump_json(indent=2))
+
+    def logs(self, attempt: int) -> Path:
+        """Return the folder of a launch's logs."""
+        return self.root / f"attempt-{attempt}"
+
+
+class _Attempts(BaseModel):
+    attempts: list[Attempt]
+
+
+def outcomes(sessions: Path) -> list[tuple[Place, Outcome]]:
+    """Return the complete sessions of a folder, in the order of their names."""
+    places = [Place(path) for path in sorted(sessions.glob("*/")) if path.is_dir()]
+    return [(place, outcome) for place in places if (outcome := place.outcome())]

@@ -1,0 +1,382 @@
+"""Group definitions into serving sessions: as few launches of SGLang as can show all their calls.
+
+A launch serves many definitions. It is decided by what cannot be changed while a server runs:
+tensor and expert parallelism, page size, which way of prefilling, the backend flags, and whether
+whole calls are recorded or plans only. A definition fits a launch that agrees in what it asks for
+(`FlashInferApi.server_flags`, `.prefill`, the spec's tp, ep and page size).
+
+Recording a plan costs a few hundred bytes. A function without a plan (norms, sampling, MoE) is
+recorded with its activations and weights, for every layer and step, so such calls have a launch of
+their own, with short answers and, where every layer is alike, with few layers: none of what their
+rows hold depends on how often the layer is repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks import ops
+from tasks.collect.session import Lengths, Mode, Session, Traffic
+from tasks.errors import CollectError
+from tasks.model import ModelConfig
+from tasks.ops.base import FlashInferApi, KernelSpec
+
+_BASE = ("--attention-backend flashinfer", "--sampling-backend flashinfer")
+_PAGED = {"SGLANG_FLASHINFER_USE_PAGED": "1"}
+"""SGLang then prefills with the paged wrapper (`environ.py`, 0.5.9 to 0.5.23)."""
+_SHORT_PROMPT, _SHORT_ANSWER = 1024, 16
+"""Tokens of a prompt and an answer where whole calls are recorded: their rows count tokens only."""
+_STEP_SECONDS = 0.03
+"""A decode step of a large model on one GPU, in eager mode with plans recorded; an estimate."""
+_PREFILL_TOKENS_PER_SECOND = 20_000
+_START_SECONDS = 120
+_PLAN_BYTES = 8_000
+"""Two lines of metadata and the offsets of a plan."""
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """SGLang's parameters for one model over several hosts; a worker runs on each."""
+
+    nodes: int = 1
+    rank: int = 0
+    address: str = ""
+    """Host and port of the first node, `--dist-init-addr`."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The server's arguments.
+
+        Raises:
+            CollectError: the rank is none of the nodes', or several nodes have no address.
+        """
+        if self.nodes == 1:
+            return ()
+        if not 0 <= self.rank < self.nodes:
+            raise CollectError(f"node_rank: {self.rank} is not one of {self.nodes} nodes")
+        if not self.address:
+            raise CollectError(f"dist_init_addr: missing; {self.nodes} nodes need it")
+        nodes, rank = str(self.nodes), str(self.rank)
+        return ("--nnodes", nodes, "--node-rank", rank, "--dist-init-addr", self.address)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What collection is asked for besides the definitions."""
+
+    model: str
+    """Hugging Face repository id, or a folder with config.json."""
+    traffic: Traffic = field(default_factory=Traffic)
+    flags: tuple[str, ...] = ()
+    """More arguments for the server, after ours: `--load-format`, `dummy`."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    nodes: NodeGroup = NodeGroup()
+    all_layers: bool = False
+    """Record whole calls with all of the model's layers too."""
+    record_runs: bool = False
+    """Record the attention wrappers' runs as well as their plans; the KV pool is capped then."""
+
+
+class Estimate(BaseModel):
+    """What a session will come to, roughly."""
+
+    model_config = ConfigDict(frozen=True)
+
+    calls: dict[str, int]
+    """Dumped name -> calls of one rank."""
+    seconds: float
+    recorded_mb: float
+    """Written in all; what lies on disk at a time is bounded by the consumer."""
+
+
+class Plan(BaseModel):
+    """The sessions of a model, and what no session can show."""
+
+    sessions: list[Session]
+    not_collected: dict[str, str]
+    """Definition -> why there is no call to record."""
+
+    def launches_one_by_one(self, batch_sizes: int) -> int:
+        """Return how many launches there would be, one per definition and batch size."""
+        return batch_sizes * sum(len(session.definitions) for session in self.sessions)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch being put together: what its definitions agree on so far."""
+
+    tp: frozenset[int]
+    """Sizes that all allow; empty while any would do."""
+    ep: frozenset[int]
+    page_size: int | None
+    prefill: str
+    whole: bool
+    """Whether whole calls are recorded."""
+    options: Mapping[str, str]
+    kernels: tuple[tuple[KernelSpec, FlashInferApi], ...] = ()
+
+    def joined(self, other: _Launch) -> _Launch | None:
+        """Return a launch that shows both, if one can."""
+        tp, ep = _common(self.tp, other.tp), _common(self.ep, other.ep)
+        if tp is None or ep is None or self.whole != other.whole:
+            return None
+        if None not in (self.page_size, other.page_size) and self.page_size != other.page_size:
+            return None
+        if self.prefill and other.prefill and self.prefill != other.prefill:
+            return None
+        shared = self.options.keys() & other.options.keys()
+        if any(self.options[name] != other.options[name] for name in shared):
+            return None
+        return replace(
+            self,
+            tp=tp,
+            ep=ep,
+            page_size=self.page_size or other.page_size,
+            prefill=self.prefill or other.prefill,
+            options={**self.options, **other.options},
+            kernels=(*self.kernels, *other.kernels),
+        )
+
+    @property
+    def demands(self) -> tuple[bool, bool, bool]:
+        """What is hard to place comes first."""
+        return (not self.prefill, self.page_size in (None, 1), not self.tp)
+
+
+def _common(one: frozenset[int], other: frozenset[int]) -> frozenset[int] | None:
+    if not one or not other:
+        return one or other
+    return one & other or None
+
+
+def _alone(spec: KernelSpec, api: FlashInferApi) -> _Launch:
+    """Return the launch that one definition asks for."""
+    options = {}
+    for text in (*_BASE, *api.server_flags):
+        name, _, value = text.partition(" ")
+        options[name] = value
+    asked = options.pop("--page-size", None)
+    return _Launch(
+        tp=frozenset(spec.tp),
+        ep=frozenset(spec.ep),
+        page_size=int(asked) if asked else spec.axes.get("page_size"),
+        prefill=api.prefill,
+        whole=not all(name.endswith(".plan") for name in api.recorded),
+        options=options,
+        kernels=((spec, api),),
+    )
+
+
+def plan_sessions(
+    specs: Iterable[KernelSpec], model: ModelConfig, wish: Wish, flags: Collection[str]
+) -> Plan:
+    """Group definitions into sessions.
+
+    Args:
+        specs: the kernels to collect workloads for.
+        model: the model's config.
+        wish: what is asked for besides.
+        flags: the server flags that the SGLang that will run has, by spelling.
+
+    Raises:
+        CollectError: SGLang lacks a flag that a session needs.
+    """
+    launches: list[_Launch] = []
+    not_collected = {}
+    alone = []
+    for spec in specs:
+        provider = ops.op_module(spec.op_type).provider(spec)
+        if not isinstance(provider, FlashInferApi):
+            not_collected[spec.name] = provider.reason
+        elif not _has_weights_for(provider, model):
+            not_collected[spec.name] = (
+                f"runs on {provider.quantization} weights, and those of {model.source} are "
+                f"{model.quantization.width if model.quantization else 'of 16 bits'}"
+            )
+        else:
+            alone.append(_alone(spec, provider))
+    for launch in sorted(alone, key=lambda launch: launch.demands):
+        for index, known in enumerate(launches):
+            joined = known.joined(launch)
+            if joined is not None:
+                launches[index] = joined
+                break
+        else:
+            launches.append(launch)
+    sessions = [_session(launch, model, wish, flags) for launch in launches]
+    return Plan(sessions=_named(sessions), not_collected=not_collected)
+
+
+def _has_weights_for(api: FlashInferApi, model: ModelConfig) -> bool:
+    width = model.quantization.width if model.quantization else None
+    return api.quantization in ("", width)
+
+
+def _named(sessions: Sequence[Session]) -> list[Session]:
+    """Number sessions whose names would be equal (their backend flags differ)."""
+    seen: dict[str, int] = {}
+    named = []
+    for session in sessions:
+        seen[session.id] = count = seen.get(session.id, 0) + 1
+        name = session.id if count == 1 else f"{session.id}-{count}"
+        named.append(session.model_copy(update={"id": name}))
+    return named
+
+
+def _session(launch: _Launch, model: ModelConfig, wish: Wish, flags: Collection[str]) -> Session:
+    modes: dict[str, Mode] = {"paged": "paged_prefill", "ragged": "ragged_prefill"}
+    mode: Mode = modes.get(launch.prefill, "decode")
+    ep, page_size = min(launch.ep or {1}), launch.page_size or 1
+    # Experts are spread over the tensor-parallel ranks.
+    tp = min((size for size in launch.tp if size % ep == 0), default=ep)
+    record = {name for _, api in launch.kernels for name in api.recorded}
+    if wish.record_runs:
+        record |= {name for _, api in launch.kernels for name in api.dumps}
+    traffic, options = wish.traffic, dict(launch.options)
+    if launch.whole:
+        traffic = _brief(traffic)
+        layers = None if wish.all_layers else few_layers(model)
+        if layers is not None:
+            options["--json-model-override-args"] = json.dumps({"num_hidden_layers": layers})
+    if mode == "paged_prefill":
+        # A cached prefix is what makes a paged prefill more than a ragged one.
+        traffic = traffic.model_copy(update={"shared_prefix": traffic.shared_prefix or 0.5})
+    else:
+        options["--disable-radix-cache"] = ""
+    options |= {"--tp-size": str(tp), "--page-size": str(page_size)}
+    if ep > 1:
+        options["--ep-size"] = str(ep)
+    options["--max-running-requests"] = str(max(traffic.batch_sizes))
+    options |= eager_options(flags)
+    arguments = [word for name, value in options.items() for word in (name, value) if word]
+    arguments += [*wish.nodes.arguments, *wish.flags]
+    _check_flags(arguments, flags)
+    what = "calls" if launch.whole else mode.replace("_", "-")
+    return Session(
+        id=f"tp{tp}-ep{ep}-ps{page_size}-{what}",
+        model=wish.model,
+        tp=tp,
+        ep=ep,
+        page_size=page_size,
+        mode=mode,
+        flags=tuple(arguments),
+        env={**(_PAGED if mode == "paged_prefill" else {}), **wish.env},
+        record=tuple(sorted(record)),
+        expects={spec.name: api.recorded for spec, api in launch.kernels},
+        traffic=traffic,
+        tp_choices=tuple(sorted(launch.tp)) or (1, 2, 4, 8),
+    )
+
+
+def _brief(traffic: Traffic) -> Traffic:
+    """Return the same batches of shorter prompts with short answers, once."""
+    brief = (
+        Lengths(isl=min(n.isl, _SHORT_PROMPT), osl=min(n.osl, _SHORT_ANSWER))
+        for n in traffic.lengths
+    )
+    return traffic.model_copy(update={"lengths": tuple(dict.fromkeys(brief)), "rounds": 1})
+
+
+def few_layers(model: ModelConfig) -> int | None:
+    """Return how many of the model's layers show every kind of it, if fewer may be served.
+
+    None where layers are listed one by one or nested in a multimodal config: SGLang then needs
+    more than `num_hidden_layers` changed.
+    """
+    listed = any(
+        isinstance(value, list) and len(value) >= model.num_layers
+        for value in model.fields.raw.values()
+    )
+    if listed or not model.fields.has("num_hidden_layers") or model.fields.prefix:
+        return None
+    kinds = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
+    return min(model.num_layers, max(2, 1 + max(kinds.values())))
+
+
+def eager_options(flags: Collection[str]) -> dict[str, str]:
+    """Return what makes this SGLang run every step eagerly, as itself and not as our request.
+
+    A replayed CUDA graph calls no FlashInfer function, and SGLang's warm-up request is none of
+    ours. Which flags there are depends on the version: `--disable-cuda-graph` turns prefill graphs
+    off too from 0.5.14 on, before that they had a flag of their own, which 0.5.20 refuses.
+    """
+    graphs = {"--disable-cuda-graph": ""}
+    if "--disable-cuda-graph" not in flags:
+        graphs = {
+            "--cuda-graph-backend-decode": "disabled",
+            "--cuda-graph-backend-prefill": "disabled",
+        }
+    elif "--cuda-graph-backend-prefill" not in flags:
+        graphs |= {name: "" for name in ("--disable-piecewise-cuda-graph",) if name in flags}
+    return {**graphs, "--skip-server-warmup": "", "--skip-tokenizer-init": ""}
+
+
+def _check_flags(arguments: Sequence[str], flags: Collection[str]) -> None:
+    unknown = [
+        word for word in arguments if word.startswith("--") and word.partition("=")[0] not in flags
+    ]
+    if unknown:
+        raise CollectError(f"{', '.join(unknown)}: the SGLang that is to run has no such flag")
+
+
+def estimate(session: Session, model: ModelConfig) -> Estimate:
+    """Estimate a session's calls, time and what it records.
+
+    Steps are counted from the traffic; a step's time is one number for all models, so the estimate
+    tells minutes from hours and no more.
+    """
+    traffic = session.traffic
+    share = (1 + traffic.random_range_ratio) / 2
+    steps = requests = tokens = indices = 0.0
+    for length, batch in product(traffic.lengths, traffic.batch_sizes):
+        wave = traffic.rounds * length.osl * share
+        steps += wave
+        requests += traffic.rounds * batch
+        tokens += traffic.rounds * batch * length.isl * share
+        indices += wave * batch * (length.isl + length.osl / 2) * share
+    calls = {}
+    written = 0.0
+    for name in session.record:
+        each = requests if "Prefill" in name else steps
+        if name.endswith(".plan"):
+            held = tokens if "Prefill" in name else indices
+            written += each * _PLAN_BYTES + (0 if "Ragged" in name else 4 * held)
+        else:
+            layers = few_layers(model) or model.num_layers
+            each = (steps + requests) * 2 * layers
+            written += 3 * 2 * model.hidden_size * tokens * 2 * layers
+        calls[name] = math.ceil(each)
+    seconds = _START_SECONDS + steps * _STEP_SECONDS + tokens / _PREFILL_TOKENS_PER_SECOND
+    return Estimate(calls=calls, seconds=round(seconds), recorded_mb=round(written / 1e6, 1))
+
+
+def read_arguments(texts: Iterable[str]) -> tuple[str, ...]:
+    """Split server arguments as they were given, `--load-format dummy` or one word each.
+
+    Raises:
+        CollectError: one begins with no flag, or sets what the session decides.
+    """
+    words = tuple(word for text in texts for word in shlex.split(text))
+    ours = {"--model-path", "--host", "--port", "--tp-size", "--page-size", "--disable-cuda-graph"}
+    taken = sorted({word.partition("=")[0] for word in words} & ours)
+    if taken:
+        raise CollectError(f"--server-flag: {', '.join(taken)} is decided by the session")
+    if words and not words[0].startswith("--"):
+        raise CollectError(f"--server-flag: {words[0]!r} is no flag")
+    return words
+
+
+def shown(session: Session, model: ModelConfig) -> dict[str, Any]:
+    """Return a session as `--plan-only` prints it."""
+    return {
+        **session.model_dump(mode="json"),
+        "estimate": estimate(session, model).model_dump(),
+    }

@@ -1,0 +1,523 @@
+"""Serve one session on this host: start SGLang, send its traffic, drain what FlashInfer dumps.
+
+One call of `serve_session` is one launch. What it collected is in the session's folder, whatever
+happens to the process: a later call takes over what the last one left, sends only the waves that
+are not done, and asks for less where memory was short. A session that is complete is not served
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import httpx
+from pydantic import SecretStr
+
+from tasks import files
+from tasks.collect.drain import Drain, scan_log
+from tasks.collect.engine import Order, read_served
+from tasks.collect.failures import Adjustment, Failure, Kind, classify, next_adjustment
+from tasks.collect.gate import check_session
+from tasks.collect.keeper import Keeper, free_port
+from tasks.collect.lease import visible_gpus
+from tasks.collect.logs import LogFollower, Milestones, tail
+from tasks.collect.place import Attempt, Outcome, Place, Say
+from tasks.collect.session import Served, Session, Traffic
+from tasks.collect.store import CallStore
+from tasks.collect.traffic import HttpClient, Limits, drive, waves
+from tasks.errors import CollectError
+from tasks.model import ModelConfig
+from tasks.settings import CollectSettings
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TEND_SECONDS = 0.25
+_HEALTH_SECONDS = 2.0
+_GO = "go"
+"""File in a launch's folder: the server is up, what it dumps from now on was served."""
+_LOG_LINES = 300
+"""Of the end of the log, in which the reason of a failure is looked for."""
+_CAPPED_POOL = 16_384
+"""KV pool in tokens where wrappers' runs are recorded: each writes the whole of it."""
+_UNLIMITED_DUMPS = {"FLASHINFER_DUMP_MAX_COUNT": str(10**9), "FLASHINFER_DUMP_MAX_SIZE_GB": "1e9"}
+"""FlashInfer counts all it ever wrote; what bounds the disk is the consumer."""
+_PASSED_ON = (
+    "CPATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LIBRARY_PATH",
+    "MAX_JOBS",
+    "PATH",
+    "PYTHONPATH",
+    "TMPDIR",
+    "TOKENIZERS_PARALLELISM",
+    "TRANSFORMERS_OFFLINE",
+    "USER",
+)
+_PREFIXES_PASSED_ON = (
+    "CUDA_",
+    "FLASHINFER_",
+    "GLOO_",
+    "HF_",
+    "LD_",
+    "NCCL_",
+    "NVIDIA_",
+    "SGLANG_",
+    "TORCH",
+    "TRITON_",
+    "XDG_",
+)
+_NOT_PASSED_ON = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "FLASHINFER_DUMP", "FLASHINFER_LOG")
+
+
+class SessionError(CollectError):
+    """A launch failed; `failure` says how, `again` whether another may go better."""
+
+    def __init__(self, message: str, failure: Failure, *, again: bool) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.again = again
+
+
+@dataclass(frozen=True)
+class Host:
+    """What this host has for a server."""
+
+    options: CollectSettings
+    """Interpreter, GPUs, limits."""
+    token: SecretStr | None = None
+    """The Hugging Face token, for gated weights; it reaches the server's environment only."""
+
+
+def serve_session(
+    session: Session, model: ModelConfig, sessions: Path, host: Host, say: Say
+) -> Outcome:
+    """Serve a session, once, unless it is complete already.
+
+    Args:
+        session: what to start and send.
+        model: the model's config.
+        sessions: folder of the sessions' folders.
+        host: interpreter, GPUs, limits, token.
+        say: told what an operator wants to know.
+
+    Raises:
+        SessionError: the server did not start, died, or showed other kernels than it should.
+        CollectError: the GPUs or the folder could not be had.
+    """
+    place, options = Place.of(sessions, session), host.options
+    with place.alone(say):
+        complete = place.outcome()
+        if complete is not None:
+            say(f"{session.id}: complete already, {sum(complete.fired.values())} calls")
+            return complete
+        attempts = place.attempts()
+        for number, left in enumerate(attempts, start=1):
+            _take_over(place, number, left, options)
+        first = Adjustment(
+            max_total_tokens=_CAPPED_POOL if _records_runs(session) else None,
+            tp=session.tp,
+            concurrency=1.0,
+        )
+        attempt = Attempt(
+            adjustment=_adjusted(attempts, session, options) or first,
+            dumps=_dump_folder(place, len(attempts) + 1, options),
+        )
+        place.record([*attempts, attempt])
+        launch = _Launch(
+            session=session,
+            model=model,
+            place=place,
+            attempt=attempt,
+            number=len(attempts) + 1,
+            host=host,
+            say=say,
+        )
+        try:
+            outcome = launch.run()
+        except _LaunchError as error:
+            attempt.failure = error.failure
+            place.record([*attempts, attempt])
+            made = [*attempts, attempt]
+            raise _session_error(place, session, made, error.failure, options) from error
+        place.finish(outcome)
+        return outcome
+
+
+def _session_error(
+    place: Place,
+    session: Session,
+    attempts: list[Attempt],
+    failure: Failure,
+    options: CollectSettings,
+) -> SessionError:
+    following = _next(attempts, session, options)
+    log = place.logs(len(attempts)) / "server.log"
+    return SessionError(
+        f"{session.id}: {failure.reason} ({failure.advice}; log: {log})",
+        failure,
+        again=following is not None,
+    )
+
+
+def _next(attempts: list[Attempt], session: Session, options: CollectSettings) -> Adjustment | None:
+    history = [(a.adjustment, a.failure) for a in attempts if a.failure is not None]
+    return next_adjustment(history, session.tp_choices, len(visible_gpus(options.gpus)))
+
+
+def _adjusted(
+    attempts: list[Attempt], session: Session, options: CollectSettings
+) -> Adjustment | None:
+    """Return what this launch asks for, after the failures of earlier ones.
+
+    Somebody who starts a session again that gave up has changed something: the last settings hold.
+    """
+    failed = [attempt for attempt in attempts if attempt.failure is not None]
+    if not failed:
+        return None
+    return _next(attempts, session, options) or failed[-1].adjustment
+
+
+def _records_runs(session: Session) -> bool:
+    return any(name.endswith(".run") for name in session.record)
+
+
+def _dump_folder(place: Place, number: int, options: CollectSettings) -> Path:
+    """Return where FlashInfer is to dump: in memory, where there is room for the bound twice."""
+    shared = Path("/dev/shm")  # noqa: S108  not a temporary file: a folder of this session's name
+    if shared.is_dir() and shutil.disk_usage(shared).free > 2 * options.disk_bytes:
+        workspace = hashlib.sha256(str(place.root.absolute()).encode()).hexdigest()[:8]
+        return shared / f"onboard-{os.getuid()}-{workspace}-{place.root.name}-{number}"
+    return place.logs(number) / "dumps"
+
+
+def _take_over(place: Place, number: int, left: Attempt, options: CollectSettings) -> None:
+    """Keep what a launch that was killed had served and not drained."""
+    if not left.dumps.is_dir():
+        return
+    if (place.logs(number) / _GO).exists():
+        with CallStore(place.store) as store:
+            _drain(place, store, number, left.dumps, options).finish()
+    shutil.rmtree(left.dumps)
+
+
+def _drain(
+    place: Place, store: CallStore, number: int, dumps: Path, options: CollectSettings
+) -> Drain:
+    return Drain(
+        dumps,
+        store,
+        prefix=f"{place.root.name}/{number}/",
+        bound=options.disk_bytes,
+        incomplete=options.incomplete_calls,
+    )
+
+
+class _LaunchError(Exception):
+    """A launch failed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+@dataclass
+class _Tally:
+    """What the consumer saw of one launch."""
+
+    peak: int = 0
+    pauses: int = 0
+
+
+@dataclass
+class _Launch:
+    """One launch, from the lease to the gate."""
+
+    session: Session
+    model: ModelConfig
+    place: Place
+    attempt: Attempt
+    number: int
+    host: Host
+    say: Say
+    tally: _Tally = field(default_factory=_Tally)
+
+    @property
+    def options(self) -> CollectSettings:
+        """The host's limits."""
+        return self.host.options
+
+    @property
+    def logs(self) -> Path:
+        """Where this launch's logs are."""
+        return self.place.logs(self.number)
+
+    @property
+    def log(self) -> Path:
+        """The server's whole output."""
+        return self.logs / "server.log"
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """The session's traffic, with fewer requests at a time where memory was short."""
+        share = self.attempt.adjustment.concurrency
+        # As many waves as ever, whose number says where a later launch goes on.
+        sizes = tuple(max(1, int(size * share)) for size in self.session.traffic.batch_sizes)
+        return self.session.traffic.model_copy(update={"batch_sizes": sizes})
+
+    def run(self) -> Outcome:
+        """Run it."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.attempt.dumps.mkdir(parents=True, exist_ok=True)
+        with CallStore(self.place.store) as store:
+            self.drain = _drain(self.place, store, self.number, self.attempt.dumps, self.options)
+            self.store = store
+            try:
+                gpus = self._serve()
+            finally:
+                # Whatever happened, what was served is kept.
+                self.drain.finish()
+                self._keep_small()
+                shutil.rmtree(self.attempt.dumps)
+            return self._checked(store, gpus)
+
+    # Serving
+
+    def _serve(self) -> tuple[str, ...]:
+        tp = self.attempt.adjustment.tp
+        offline = self.session.mode == "decode"
+        port = free_port()
+        command = self._engine_command() if offline else self._server_command(port)
+        with Keeper.start(
+            command,
+            environment=self._environment(),
+            log=self.log,
+            directory=self.options.lease_dir,
+            gpus=visible_gpus(self.options.gpus),
+            count=tp,
+            session=self.place.root.name,
+            folder=self.logs,
+        ) as keeper:
+            self.keeper = keeper
+            self.follower, self.milestones = LogFollower(self.log), Milestones()
+            gpus = keeper.wait_leased(self.options.lease_seconds, self.say)
+            self.say(f"{self.session.id}: launch {self.number} on GPU {', '.join(gpus)}")
+            self._wait_ready(None if offline else port)
+            self.drain.discard()  # the start-up's calls served nobody
+            (self.logs / _GO).touch()
+            self.say(f"{self.session.id}: ready, traffic begins")
+            if offline:
+                self._tend_until(lambda: not keeper.alive)
+                if keeper.returncode:
+                    raise self._failed()
+            else:
+                self._send(port)
+        return gpus
+
+    def _send(self, port: int) -> None:
+        """Send the traffic over HTTP from a thread of its own, tending the server from this one."""
+        with ThreadPoolExecutor(max_workers=1) as sender:
+            sent: Future[Served] = sender.submit(lambda: asyncio.run(self._drive(port)))
+            try:
+                self._tend_until(lambda: sent.done() or not self.keeper.alive)
+                if not sent.done():
+                    raise self._failed()
+                error = sent.exception()
+                if error is not None:
+                    raise self._failed(str(error)) from error
+            finally:
+                self.keeper.stop()  # ends requests that are still waiting
+
+    async def _drive(self, port: int) -> Served:
+        async with HttpClient(port, self.traffic) as client:
+            return await drive(
+                waves(self.traffic, self._limits(), _folder(self.session.model)),
+                client.generate,
+                traffic=self.traffic,
+                before=read_served(self.place.served),
+                on_progress=self._save,
+            )
+
+    def _save(self, served: Served) -> None:
+        files.write_text(self.place.served, served.model_dump_json())
+
+    def _limits(self) -> Limits:
+        length = self.model.fields.size("max_position_embeddings", "max_sequence_length")
+        pool = self.attempt.adjustment.max_total_tokens
+        known = [n for n in (length, pool) if n is not None]
+        return Limits(
+            vocab_size=self.model.vocab_size, context_length=min(known) if known else None
+        )
+
+    def _wait_ready(self, port: int | None) -> None:
+        deadline = time.monotonic() + self.options.start_seconds
+        self._tend_until(
+            lambda: self._ready(port) or not self.keeper.alive or time.monotonic() > deadline,
+            draining=False,
+        )
+        if not self.keeper.alive:
+            raise self._failed()
+        if not self._ready(port):
+            raise self._failed(f"not ready after {self.options.start_seconds:.0f} s")
+
+    def _ready(self, port: int | None) -> bool:
+        if port is None:
+            return self._order().ready.exists()
+        try:
+            url = f"http://127.0.0.1:{port}/health"
+            with httpx.Client(trust_env=False, timeout=_HEALTH_SECONDS) as client:
+                return client.get(url).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def _tend_until(self, done: Callable[[], bool], *, draining: bool = True) -> None:
+        """Drain, follow the log and keep the disk bounded until something is done.
+
+        Raises:
+            _LaunchError: no request was answered for too long.
+        """
+        seen, since = -1, time.monotonic()
+        while not done():
+            for line in self.milestones.pick(self.follower.lines()):
+                self.say(f"{self.session.id}: {line}")
+            if draining:
+                if self._catch_up():
+                    since = time.monotonic()
+                requests = read_served(self.place.served).requests
+                if requests != seen:
+                    seen, since = requests, time.monotonic()
+                if time.monotonic() - since > self.options.stall_seconds:
+                    waited = f"no answer for {self.options.stall_seconds:.0f} s"
+                    raise self._failed(waited)
+            time.sleep(_TEND_SECONDS)
+
+    def _catch_up(self) -> bool:
+        """Drain what lies on disk; return whether the server had to wait for that."""
+        backlog = self.drain.backlog()
+        self.tally.peak = max(self.tally.peak, backlog)
+        full = backlog > self.options.disk_bytes // 4
+        if full:
+            self.keeper.pause()
+            self.tally.pauses += 1
+        try:
+            self.drain.step()
+            self._keep_small()
+        finally:
+            if full:
+                self.keeper.resume()
+        return full
+
+    def _keep_small(self) -> None:
+        """Keep what is not dumps within its part of the disk too."""
+        for log in self.logs.glob("flashinfer_*.log"):
+            scan_log(log, self.store)
+        if self.store.size() > self.options.disk_bytes // 2:
+            self.store.thin(self.options.disk_bytes // 4)
+
+    def _failed(self, reason: str = "") -> _LaunchError:
+        """Return the error for a launch that ended by itself, or that has to end for a reason."""
+        failure = classify(tail(self.log, _LOG_LINES), self.keeper.returncode)
+        if reason and failure.kind in {Kind.TIMEOUT, Kind.UNKNOWN}:
+            failure = replace(failure, reason=reason)
+        return _LaunchError(failure)
+
+    # Starting
+
+    def _arguments(self) -> tuple[str, ...]:
+        words = list(self.session.flags)
+        words[words.index("--tp-size") + 1] = str(self.attempt.adjustment.tp)
+        if self.attempt.adjustment.max_total_tokens is not None:
+            words += ["--max-total-tokens", str(self.attempt.adjustment.max_total_tokens)]
+        return ("--model-path", self.session.model, *words)
+
+    def _server_command(self, port: int) -> tuple[str, ...]:
+        host = ("--host", "127.0.0.1", "--port", str(port))
+        return (self._python, "-m", "sglang.launch_server", *self._arguments(), *host)
+
+    def _engine_command(self) -> tuple[str, ...]:
+        order = self._order()
+        path = self.logs / "order.json"
+        files.write_text(path, order.model_dump_json(indent=2))
+        return (self._python, "-m", "tasks.collect.engine", str(path))
+
+    def _order(self) -> Order:
+        return Order(
+            arguments=self._arguments(),
+            traffic=self.traffic,
+            limits=self._limits(),
+            model_folder=_folder(self.session.model),
+            served=self.place.served,
+            ready=self.logs / "ready",
+            go=self.logs / _GO,
+        )
+
+    @property
+    def _python(self) -> str:
+        return str(self.options.python or sys.executable)
+
+    def _environment(self) -> dict[str, str]:
+        """Return all of the server's environment: what it needs of ours, FlashInfer's, its own."""
+        ours = os.environ.get("PYTHONPATH")
+        return {
+            **passed_on(os.environ),
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), *([ours] if ours else [])]),
+            "PYTHONUNBUFFERED": "1",
+            **_UNLIMITED_DUMPS,
+            "FLASHINFER_LOGLEVEL": "10",
+            "FLASHINFER_LOGDEST": str(self.logs / "flashinfer_%i.log"),
+            "FLASHINFER_DUMP_DIR": str(self.attempt.dumps),
+            "FLASHINFER_DUMP_SAFETENSORS": "1",
+            "FLASHINFER_DUMP_INCLUDE": ",".join(self.session.record),
+            "FLASHINFER_DUMP_EXCLUDE": "*.__init__",
+            **self.session.env,
+            **({"HF_TOKEN": self.host.token.get_secret_value()} if self.host.token else {}),
+        }
+
+    # The gate
+
+    def _checked(self, store: CallStore, gpus: tuple[str, ...]) -> Outcome:
+        summary = store.summary()
+        fired = {name: sum(each.values()) for name, each in summary.fired.items()}
+        report = check_session(self.session, fired, summary.captured, self.log, summary.versions)
+        if report.failure:
+            raise _LaunchError(report.failure)
+        return Outcome(
+            session=self.session,
+            launches=self.number,
+            gpus=gpus,
+            served=read_served(self.place.served),
+            fired=fired,
+            missing=report.missing,
+            notes=report.notes,
+            versions=summary.versions,
+            unreadable=dict(summary.unreadable),
+            thinned=summary.thinned,
+            notices=dict(summary.notices),
+            peak_mb=round(self.tally.peak / 1e6, 1),
+            pauses=self.tally.pauses,
+        )
+
+
+def _folder(model: str) -> Path | None:
+    """Return the folder of a model that is on this host."""
+    return Path(model) if Path(model).is_dir() else None
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a server is given of our environment: nothing that may be a secret."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in _PASSED_ON or name.startswith(_PREFIXES_PASSED_ON))
+        and not any(part in name.upper() for part in _NOT_PASSED_ON)
+    }

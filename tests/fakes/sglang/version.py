@@ -1,0 +1,3 @@
+"""The version that this stands for."""
+
+__version__ = "0.5.17"
