@@ -45,11 +45,13 @@ def collect_workloads(request: CollectRequest) -> State[dict[str, int]]:
     Args:
         request: what to collect, and how to serve the model.
     """
-    outcomes, failed = serve_sessions(request)
+    outcomes, failed, passed_over = serve_sessions(request)
     run = manifest.load(request.manifest)
     rows: dict[str, int] = {}
     for entry in request.chosen(run):
         name = entry.definition_name
+        if name in passed_over:
+            continue
         state = collect(request.manifest, name, None, request.max_workloads, return_state=True)
         if state.is_completed():
             rows[name] = state.result()
@@ -57,14 +59,24 @@ def collect_workloads(request: CollectRequest) -> State[dict[str, int]]:
             failed[name] = str(state.message)
             manifest.record_error(request.manifest, name, str(state.message))
     report(run.model_slug, request.manifest.parent, list(rows), outcomes)
-    counts = f"{len(rows)} definitions have workloads, {len(failed)} have none"
+    counts = (
+        f"{len(rows)} definitions have workloads, {len(failed)} failed, "
+        f"{len(passed_over)} cannot be collected from this checkpoint"
+    )
     if failed:
         return Failed(message=counts, data=rows)
     return Completed(message=counts, data=rows)
 
 
-def serve_sessions(request: CollectRequest) -> tuple[list[Outcome], dict[str, str]]:
-    """Plan and serve the sessions; return what they came to, and why others failed, by name."""
+def serve_sessions(
+    request: CollectRequest,
+) -> tuple[list[Outcome], dict[str, str], dict[str, str]]:
+    """Plan and serve the sessions.
+
+    Returns:
+        What the sessions came to; why others failed, by name; definitions that no session of this
+        model shows, and why.
+    """
     plan, config = plan_sessions(request)
     log = get_run_logger()
     for name, reason in plan.not_collected.items():
@@ -78,7 +90,7 @@ def serve_sessions(request: CollectRequest) -> tuple[list[Outcome], dict[str, st
             outcomes.append(Outcome.model_validate(future.result()))
         else:
             failed[session.id] = str(future.state.message)
-    return outcomes, failed
+    return outcomes, failed, plan.not_collected
 
 
 def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:

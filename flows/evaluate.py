@@ -41,6 +41,18 @@ def evaluate(
             help="Seconds for evaluating one workload [default: 300].", min=1, show_default=False
         ),
     ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help="Timed runs of a trial [default: flashinfer-bench's].", min=1, show_default=False
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials of a workload [default: flashinfer-bench's].", min=1, show_default=False
+        ),
+    ] = None,
     keep_failed: Annotated[
         Path | None, typer.Option(help="Keep traces and logs of what fails in this folder.")
     ] = None,
@@ -57,7 +69,7 @@ def evaluate(
     results = evaluation.evaluate_all(
         dataset,
         places,
-        row_seconds=timeout or evaluation.ROW_SECONDS,
+        effort=evaluation.Effort(timeout or evaluation.Effort.row_seconds, iterations, trials),
         kept=keep_failed,
         say=lambda line: typer.echo(line, err=True),
     )

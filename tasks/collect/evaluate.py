@@ -27,13 +27,35 @@ from tasks.errors import CollectError, DefinitionError, first_problem
 
 Json = dict[str, Any]
 _log = logging.getLogger(__name__)
-ROW_SECONDS = 300
-"""What flashinfer-bench gives one evaluation of one workload."""
 NO_TRACE, MALFORMED = "NO_TRACE", "MALFORMED"
 
 _COMMAND = "from flashinfer_bench.cli.main import cli; cli()"
 _START_SECONDS = 1800
 """For importing torch and compiling FlashInfer's kernels, where nothing is cached."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much an evaluation may cost."""
+
+    row_seconds: int = 300
+    """Longest evaluation of one workload; flashinfer-bench's own limit."""
+    iterations: int | None = None
+    """Timed runs of a trial; flashinfer-bench's number if not given."""
+    trials: int | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options of `flashinfer-bench run`."""
+        given = {
+            "--timeout": self.row_seconds,
+            "--iterations": self.iterations,
+            "--num-trials": self.trials,
+        }
+        return [text for name, n in given.items() if n is not None for text in (name, str(n))]
+
+
+_DEFAULT = Effort()
 _BUILD_ENVIRONMENT = (
     "CC",
     "CPATH",
@@ -151,7 +173,7 @@ def evaluate(
     op_type: str,
     name: str,
     *,
-    row_seconds: int = ROW_SECONDS,
+    effort: Effort = _DEFAULT,
     kept: Path | None = None,
     gpu: str | None = None,
 ) -> str:
@@ -161,7 +183,7 @@ def evaluate(
         dataset: the dataset.
         op_type: the definition's op type.
         name: the definition.
-        row_seconds: how long one workload may take.
+        effort: how long a workload may take, how often it is timed.
         kept: folder for the traces and the log of a failed evaluation.
         gpu: `CUDA_VISIBLE_DEVICES` of the evaluation; by default the first device visible here.
 
@@ -173,7 +195,7 @@ def evaluate(
         InputError: a file of the definition is damaged.
     """
     place = DefinitionFiles(op_type, name)
-    [result] = evaluate_all(dataset, [place], row_seconds=row_seconds, kept=kept, gpu=gpu)
+    [result] = evaluate_all(dataset, [place], effort=effort, kept=kept, gpu=gpu)
     if not result.passed and not result.not_evaluated:
         raise CollectError(f"{name}: {result}")
     return str(result)
@@ -193,7 +215,7 @@ def evaluate_all(
     dataset: Path,
     places: Sequence[DefinitionFiles],
     *,
-    row_seconds: int = ROW_SECONDS,
+    effort: Effort = _DEFAULT,
     kept: Path | None = None,
     gpu: str | None = None,
     say: Callable[[str], None] = _log.info,
@@ -208,7 +230,7 @@ def evaluate_all(
     Args:
         dataset: the dataset.
         places: the definitions; a baseline that is missing is written first.
-        row_seconds: how long one workload may take.
+        effort: how long a workload may take, how often it is timed.
         kept: folder for `{name}.traces.jsonl` and `{name}.log` of those that fail.
         gpu: `CUDA_VISIBLE_DEVICES` of the evaluation; by default the first device visible here.
         say: told what is being done.
@@ -232,7 +254,7 @@ def evaluate_all(
     if why:
         results |= {job.place: replace(job.blank, not_evaluated=why) for job in jobs}
         jobs = []
-    for result, text, log in _evaluated(dataset, jobs, row_seconds, gpu, say):
+    for result, text, log in _evaluated(dataset, jobs, effort, gpu, say):
         place = DefinitionFiles(result.op_type, result.definition)
         if result.passed:
             files.write_text(dataset / place.traces, text)
@@ -397,19 +419,19 @@ def excerpt(log: str) -> str:
 def _evaluated(
     dataset: Path,
     jobs: Sequence[_Job],
-    row_seconds: int,
+    effort: Effort,
     gpu: str | None,
     say: Callable[[str], None],
 ) -> Iterator[tuple[Evaluation, str, str]]:
     """Yield each definition's outcome, the text of its traces, and the log of the process."""
     for batch in _batches(jobs):
         say(f"evaluating {', '.join(job.place.name for job in batch)}")
-        ran = _run(dataset, batch, row_seconds, gpu)
+        ran = _run(dataset, batch, effort, gpu)
         for job in batch:
             result, of = _judge(job, ran), ran
             if result.incomplete and len(batch) > 1:
                 say(f"evaluating {job.place.name} by itself: {result.failures[0].reason}")
-                of = _run(dataset, [job], row_seconds, gpu)
+                of = _run(dataset, [job], effort, gpu)
                 result = _judge(job, of)
             lines = of.traces.get(job.place.name, [])
             yield result, "".join(f"{line}\n" for line in lines), of.outcome.output
@@ -431,13 +453,12 @@ def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
     return batches
 
 
-def arguments(dataset: Path, names: Sequence[str], row_seconds: int) -> list[str]:
+def arguments(dataset: Path, names: Sequence[str], effort: Effort) -> list[str]:
     """Return what follows `flashinfer-bench`."""
-    chosen = ["--definitions", *names]
-    return ["run", "--local", str(dataset), "--timeout", str(row_seconds), *chosen]
+    return ["run", "--local", str(dataset), *effort.arguments, "--definitions", *names]
 
 
-def _run(dataset: Path, batch: Sequence[_Job], row_seconds: int, gpu: str | None) -> _Ran:
+def _run(dataset: Path, batch: Sequence[_Job], effort: Effort, gpu: str | None) -> _Ran:
     """Evaluate definitions in one process, on copies of their files and of nothing else."""
     with tempfile.TemporaryDirectory(prefix="onboard-evaluate-") as folder:
         copy, scratch = Path(folder) / "dataset", Path(folder) / "scratch"
@@ -449,8 +470,8 @@ def _run(dataset: Path, batch: Sequence[_Job], row_seconds: int, gpu: str | None
         # The reference runs unguarded in the process itself, as often as the solution.
         rows = sum(len(job.uuids) * len(job.solutions) for job in batch)
         outcome = sandbox.run_python(
-            ["-c", _COMMAND, *arguments(copy, [job.place.name for job in batch], row_seconds)],
-            timeout=_START_SECONDS + 2 * row_seconds * rows,
+            ["-c", _COMMAND, *arguments(copy, [job.place.name for job in batch], effort)],
+            timeout=_START_SECONDS + 2 * effort.row_seconds * rows,
             memory_gb=None,
             cwd=scratch,
             environment=_environment(scratch, gpu),

@@ -36,6 +36,7 @@ class Kind(StrEnum):
     JIT = "kernel compilation failed"
     IMPORT_ERROR = "missing package"
     DISK_FULL = "disk full"
+    WRONG_KERNELS = "other kernels ran"
     TIMEOUT = "too slow"
     KILLED = "killed by a signal"
     UNKNOWN = "unknown"
@@ -85,6 +86,7 @@ _ADVICE = {
     "lower MAX_JOBS if the compiler was killed",
     Kind.IMPORT_ERROR: "install it in the worker's environment",
     Kind.DISK_FULL: "free space where the log, the caches and the dumps are (/dev/shm too)",
+    Kind.WRONG_KERNELS: "check the session's flags against this SGLang version",
     Kind.TIMEOUT: "allow more time: weights may load, and kernels compile, for minutes",
     Kind.KILLED: "SIGKILL without a reason in the log is often the host's memory: see dmesg",
     Kind.UNKNOWN: "read the session's log",
@@ -97,6 +99,7 @@ _NOT_RETRYABLE = {
     Kind.JIT,
     Kind.IMPORT_ERROR,
     Kind.DISK_FULL,
+    Kind.WRONG_KERNELS,
 }
 
 

@@ -126,7 +126,7 @@ def _some(counts: Mapping[str, int]) -> dict[str, int]:
 
 def _failure(reason: str, advice: str) -> Failure:
     """Return a failure that the same launch would only repeat."""
-    return Failure(Kind.UNKNOWN, reason, retryable=False, advice=advice)
+    return Failure(Kind.WRONG_KERNELS, reason, retryable=False, advice=advice)
 
 
 def _problems(ran: _Ran, missing: Mapping[str, str]) -> Iterator[Failure]:

@@ -48,6 +48,8 @@ class Outcome(BaseModel):
     """Calls whose tensors the store had no room for."""
     notices: dict[str, int]
     """What FlashInfer's own logs said of dumps that it did not write."""
+    drained_mb: float
+    """What was dumped in all while it was served, about."""
     peak_mb: float
     """The most that lay on disk in dumps at a time."""
     pauses: int

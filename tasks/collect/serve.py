@@ -42,6 +42,8 @@ from tasks.settings import CollectSettings
 _ROOT = Path(__file__).resolve().parents[2]
 _TEND_SECONDS = 0.25
 _HEALTH_SECONDS = 2.0
+_GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL: nothing that a server does at its end is wanted."""
 _GO = "go"
 """File in a launch's folder: the server is up, what it dumps from now on was served."""
 _LOG_LINES = 300
@@ -236,6 +238,7 @@ class _Tally:
     """What the consumer saw of one launch."""
 
     peak: int = 0
+    drained: int = 0
     pauses: int = 0
 
 
@@ -286,6 +289,7 @@ class _Launch:
                 gpus = self._serve()
             finally:
                 # Whatever happened, what was served is kept.
+                self.tally.drained += self.drain.backlog()
                 self.drain.finish()
                 self._keep_small()
                 shutil.rmtree(self.attempt.dumps)
@@ -307,6 +311,7 @@ class _Launch:
             count=tp,
             session=self.place.root.name,
             folder=self.logs,
+            grace=_GRACE,
         ) as keeper:
             self.keeper = keeper
             self.follower, self.milestones = LogFollower(self.log), Milestones()
@@ -410,7 +415,7 @@ class _Launch:
             self.keeper.pause()
             self.tally.pauses += 1
         try:
-            self.drain.step()
+            self.tally.drained += max(0, backlog - self.drain.step().backlog)
             self._keep_small()
         finally:
             if full:
@@ -503,6 +508,7 @@ class _Launch:
             unreadable=dict(summary.unreadable),
             thinned=summary.thinned,
             notices=dict(summary.notices),
+            drained_mb=round(self.tally.drained / 1e6, 1),
             peak_mb=round(self.tally.peak / 1e6, 1),
             pauses=self.tally.pauses,
         )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import httpx
 import numpy as np
@@ -52,14 +52,6 @@ class TrafficError(CollectError):
 
 class RequestError(Exception):
     """One request failed; the text says why."""
-
-
-class Gate(Protocol):
-    """Holds requests back while it is shut; an `asyncio.Event` is one."""
-
-    async def wait(self) -> object:
-        """Return once it is open."""
-        ...
 
 
 class Limits(BaseModel):
@@ -312,7 +304,6 @@ async def drive(
     traffic: Traffic,
     before: Served | None = None,
     on_progress: Callable[[Served], None],
-    pause: Gate | None = None,
 ) -> Served:
     """Send the waves one after the other, each with its batch size of requests in flight.
 
@@ -322,7 +313,6 @@ async def drive(
         traffic: says what share of a wave's requests may fail.
         before: what earlier launches came to; counts go on from there.
         on_progress: told how far it is about once a second and after every wave.
-        pause: waited for before every request.
 
     Returns:
         What all launches together came to. A wave that was not sent is counted among the errors.
@@ -335,7 +325,6 @@ async def drive(
         share=traffic.failures,
         served=(before or Served()).model_copy(deep=True),
         tell=on_progress,
-        pause=pause,
     )
     return await driver.run(planned)
 
@@ -346,7 +335,6 @@ class _Driver:
     share: float
     served: Served
     tell: Callable[[Served], None]
-    pause: Gate | None
     told: float = field(default_factory=time.monotonic)
     clock: float = field(default_factory=time.monotonic)
 
@@ -375,8 +363,6 @@ class _Driver:
 
         async def work() -> None:
             for request in requests:
-                if self.pause is not None:
-                    await self.pause.wait()
                 error = await self._one(request)
                 if error is not None:
                     failed.append(error)
@@ -488,13 +474,6 @@ class HttpClient:
         trace: TracebackType | None,
     ) -> None:
         await self._client.__aexit__(kind, error, trace)
-
-    async def healthy(self) -> bool:
-        """Whether the server says that it can serve."""
-        try:
-            return (await self._client.get("/health")).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
 
     async def generate(self, input_ids: list[int], max_new_tokens: int) -> int:
         """Send one request and return how many tokens its answer has.

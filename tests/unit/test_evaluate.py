@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from tasks.collect import evaluate as evaluation
 from tasks.collect.baseline import write_baseline
-from tasks.collect.evaluate import evaluate, evaluate_all
+from tasks.collect.evaluate import Effort, evaluate, evaluate_all
 from tasks.dataset import DefinitionFiles
 from tasks.errors import CollectError, DefinitionError, InputError
 from tests.conftest import DATA
@@ -151,7 +151,7 @@ def test_passed_traces_come_into_the_dataset(dataset: Path, bench: Callable[...,
     stub = bench()
     traces(dataset, ONE).parent.mkdir(parents=True)
     traces(dataset, ONE).write_text("of earlier rows\n")
-    assert evaluate(dataset, "gemm", ONE, row_seconds=7) == "PASSED on 3 workloads"
+    assert evaluate(dataset, "gemm", ONE, effort=Effort(row_seconds=7)) == "PASSED on 3 workloads"
     written = [json.loads(line) for line in traces(dataset, ONE).read_text().splitlines()]
     assert [trace["workload"]["uuid"] for trace in written] == uuids(dataset, ONE)
     [(definitions, timeout, files, environment)] = calls(stub)
@@ -241,7 +241,7 @@ def test_hanging_evaluation_is_killed(
     stub = bench({ONE: {1: "hang"}})
     monkeypatch.setattr(evaluation, "_START_SECONDS", -4.5)
     with pytest.raises(CollectError, match="3 x NO_TRACE.*did not finish in 2 s"):
-        evaluate(dataset, "gemm", ONE, row_seconds=1)
+        evaluate(dataset, "gemm", ONE, effort=Effort(row_seconds=1))
     pid = int((stub / "pid").read_text())
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -475,13 +475,13 @@ def test_real_command_line_data_models_and_layout(
     monkeypatch.setattr(evaluation, "_COMMAND", REAL)
     monkeypatch.setattr(evaluation, "unavailable", lambda: "")
     rename(dataset, TWO)
-    one, two = evaluate_all(dataset, BOTH[::-1], row_seconds=7)
+    one, two = evaluate_all(dataset, BOTH[::-1], effort=Effort(row_seconds=7))
     assert one.passed, one
     assert (one.hardware, one.latency_ms, one.speedup) == ("test", 0.5, 2.0)
     # The fifth workload has no trace, so its definition is evaluated again, by itself.
     assert two.passed, two
     monkeypatch.setattr(evaluation, "_COMMAND", REAL.replace("made = 0", "made = 3"))
-    [two] = evaluate_all(dataset, BOTH[:1], row_seconds=7)
+    [two] = evaluate_all(dataset, BOTH[:1], effort=Effort(row_seconds=7))
     first, second, third = uuids(dataset, TWO)
     assert {(failure.uuid, failure.status, failure.reason) for failure in two.failures} == {
         (first, "INCORRECT_NUMERICAL", "max absolute error inf, max relative error nan"),

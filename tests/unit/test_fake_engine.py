@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from tasks.collect.gate import check_session
 from tasks.collect.keeper import free_port
 from tasks.collect.session import Lengths, Served, Session, Traffic
 from tasks.collect.traffic import HttpClient, Limits, drive, sampling_params, waves
-from tasks.discover.constants import Calculator
-from tasks.discover.server_flags import ServerFlag, read_flags
+from tasks.discover.sglang_index import index_sglang
 
 FAKES = Path(__file__).parents[1] / "fakes"
 CONFIG = {
@@ -171,7 +171,7 @@ def test_a_server_dumps_what_it_was_sent(tmp_path: Path) -> None:
         assert [record["input_metadata"][f"arg_{n}"] for n in (4, 5, 6, 7)] == [4, 2, 16, 1]
         indptr, indices = tensors["arg_1"], tensors["arg_2"]
         assert len(indices) == indptr[-1]
-        for start, end in zip(indptr, indptr[1:], strict=False):
+        for start, end in pairwise(indptr):
             slots = indices[start:end]
             pages = slots[::64] // 64
             assert (slots[::64] % 64 == 0).all()
@@ -222,8 +222,7 @@ def test_a_server_that_does_not_start_says_why(
 
 
 def test_its_flags_are_read_from_its_source() -> None:
-    flags: dict[str, ServerFlag] = {}
-    source = FAKES / "sglang" / "srt" / "server_args.py"
-    read_flags(source.read_bytes(), Calculator(FAKES, {}), "sglang.srt.server_args", flags)
+    flags = index_sglang(FAKES).flags
     wanted = {"--attention-backend", "--tp-size", "--tp", "--disable-cuda-graph", "--page-size"}
     assert wanted <= set(flags)
+    assert "flashinfer" in flags["--attention-backend"].choices

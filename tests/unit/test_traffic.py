@@ -276,23 +276,6 @@ def test_waves_that_cannot_be_sent_are_counted_and_all_of_them_are_an_error() ->
         asyncio.run(drive([lost], Recorder(), traffic=SMALL, on_progress=quiet))
 
 
-def test_nothing_is_sent_while_the_gate_is_shut() -> None:
-    server = Recorder()
-
-    async def run() -> None:
-        gate = asyncio.Event()
-        task = asyncio.create_task(
-            drive([wave(0, 2, 4)], server, traffic=SMALL, on_progress=quiet, pause=gate)
-        )
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert server.sent == 0
-        gate.set()
-        assert (await task).requests == 4
-
-    asyncio.run(run())
-
-
 def test_a_cancel_reaches_the_requests_in_flight() -> None:
     ended: list[int] = []
 
@@ -395,13 +378,3 @@ def test_an_aborted_request_is_a_failed_one() -> None:
     reason = {"type": "abort", "message": "no room"}
     with pytest.raises(RequestError, match="aborted: no room"):
         output_tokens({"meta_info": {"completion_tokens": 0, "finish_reason": reason}})
-
-
-def test_health() -> None:
-    async def healthy(handler: Callable[[httpx.Request], httpx.Response]) -> bool:
-        async with client(handler) as made:
-            return await made.healthy()
-
-    assert asyncio.run(healthy(lambda _: httpx.Response(200)))
-    assert not asyncio.run(healthy(lambda _: httpx.Response(503)))
-    assert not asyncio.run(healthy(refuse))

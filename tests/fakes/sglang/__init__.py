@@ -5,7 +5,8 @@ functions, with the arguments that SGLang passes; on a CPU each raises after its
 Variables of the environment, none of which SGLang knows:
 
 * `FAKE_SGLANG_FAULT`: what goes wrong, several by comma (`srt/faults.py`);
-* `FAKE_SGLANG_ONCE`: a file; nothing goes wrong where it exists, and the first fault makes it;
+* `FAKE_SGLANG_ONCE`: a file; nothing goes wrong where it exists, and the first fault makes it
+  (failing requests do not);
 * `FAKE_SGLANG_SERVED`: a file that every request is written to, a JSON line each.
 """
 

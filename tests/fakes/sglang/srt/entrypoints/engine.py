@@ -62,11 +62,11 @@ class Scheduler:
         answer: Future[dict[str, Any]] = Future()
         with self._lock:
             number = next(self._numbers)
-            self._waiting[number] = answer
             share = float(fault("fail_requests") or 0)
             if int((number + 1) * share) > int(number * share):
-                answer.set_exception(ValueError(f"Request {number} failed"))
+                answer.set_exception(ValueError("The request failed"))
                 return answer
+            self._waiting[number] = answer
             request = {"rid": number, "input_ids": input_ids, "params": params}
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps(request) + "\n")

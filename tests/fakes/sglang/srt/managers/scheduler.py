@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sglang.srt.faults import fault, happened
 
@@ -126,9 +126,10 @@ class Cache:
 class Scheduler:
     """Runs requests in batches."""
 
-    def __init__(self, args: dict[str, Any], model: Any) -> None:
+    def __init__(self, args: dict[str, Any], model: Any, answers: TextIO) -> None:
         self.args = args
         self.model = model
+        self.answers = answers
         self.tokens = args["max_total_tokens"] or _DEFAULT_POOL
         self.pool = Pool(self.tokens, args["page_size"])
         self.cache = None if args["disable_radix_cache"] else Cache(self.pool)
@@ -252,7 +253,7 @@ class Scheduler:
                 "cached_tokens": request.prefix,
             },
         }
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=self.answers, flush=True)
         self.done += 1
         limit = fault("crash_after")
         if limit is not None and self.done >= int(limit):
@@ -285,6 +286,9 @@ def main() -> None:
     """Serve the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     args = json.loads(sys.argv[1])
+    # What libraries print goes to the log.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     logging.basicConfig(
         level=args["log_level"].upper(),
         format="[%(asctime)s] %(message)s",
@@ -296,7 +300,7 @@ def main() -> None:
 
     model = ModelRunner(args)
     logger.info(f"Load weight end. elapsed=0.00 s, type={model.architecture}, avail mem=139.00 GB")
-    scheduler = Scheduler(args, model)
+    scheduler = Scheduler(args, model, answers)
     model.allocate(scheduler.tokens)
     logger.info(
         f"max_total_num_tokens={scheduler.tokens}, "
@@ -304,7 +308,7 @@ def main() -> None:
         f"max_running_requests={scheduler.most}, context_len={model.context_length}, "
         "available_gpu_mem=100.00 GB"
     )
-    print("ready", flush=True)
+    print("ready", file=answers, flush=True)
     threading.Thread(target=scheduler.receive, daemon=True).start()
     scheduler.run()
 

@@ -1,0 +1,1 @@
+"""Where SGLang has its models; its presence tells an SGLang from another folder."""
