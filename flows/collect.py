@@ -81,7 +81,10 @@ def serve_sessions(
     log = get_run_logger()
     for name, reason in plan.not_collected.items():
         log.info("%s: nothing to collect: %s", name, reason)
-    futures = [collect_session.submit(request.manifest, s, config) for s in plan.sessions]
+    futures = [
+        collect_session.submit(request.manifest, session, config, keep_dumps=request.keep_dumps)
+        for session in plan.sessions
+    ]
     wait(futures)
     outcomes: list[Outcome] = []
     failed: dict[str, str] = {}

@@ -70,7 +70,14 @@ class Drain:
     """Drains one folder of dumps into a store."""
 
     def __init__(
-        self, dumps: Path, store: CallStore, *, prefix: str, bound: int, incomplete: bool
+        self,
+        dumps: Path,
+        store: CallStore,
+        *,
+        prefix: str,
+        bound: int,
+        incomplete: bool,
+        keep: Path | None = None,
     ) -> None:
         """Make a drain; nothing is read yet.
 
@@ -83,7 +90,9 @@ class Drain:
                 that will never finish are given up then.
             incomplete: whether calls count of which only the inputs were saved (on a host without a
                 GPU), as soon as their process has made a later call.
+            keep: folder that stored dumps are moved to instead of being deleted.
         """
+        self._keep = keep
         self._dumps = dumps
         self._store = store
         self._prefix = prefix
@@ -174,7 +183,7 @@ class Drain:
                 done += taken.done
                 drained.left += folder.relative not in taken.done
             calls, unreadable = self._store.add(results)
-            self._delete(done)
+            self._put_away(done)
             drained.calls += calls
             drained.unreadable += unreadable
         drained.backlog = self.backlog()
@@ -227,6 +236,16 @@ class Drain:
                 taken.results.append(reader.try_read(replay))
             taken.done.append(replay.relative)
         return taken
+
+    def _put_away(self, paths: Sequence[str]) -> None:
+        """Keep the folders of stored calls where that is wanted, delete them elsewhere."""
+        if self._keep is None:
+            self._delete(paths)
+            return
+        for path in paths:
+            kept = self._keep / path
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self._dumps / path, kept)
 
     def _delete(self, paths: Sequence[str]) -> None:
         """Delete folders, and links themselves; each vanishes as a whole or not at all."""

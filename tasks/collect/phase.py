@@ -9,6 +9,7 @@ from pathlib import Path
 from tasks import files
 from tasks.collect.baseline import write_baseline
 from tasks.collect.dumps import CallLog
+from tasks.collect.realism import plot
 from tasks.collect.sanitize import Collected, open_calls, sanitize
 from tasks.collect.session import Session
 from tasks.collect.write import write_workloads
@@ -56,7 +57,7 @@ def collect_calls(
         entry: the kernel; its definition is staged.
         log: the calls.
         dataset: the dataset clone.
-        provenance: file for what the rows were made of.
+        provenance: file for what the rows were made of; a plot goes beside it.
         max_workloads: how many rows to keep at most.
         sessions: what was served while the calls were dumped.
 
@@ -72,5 +73,6 @@ def collect_calls(
     write_baseline(dataset, spec)
     written = write_workloads(dataset, definition, chosen)
     collected = collected.named(written.uuids)
-    files.write_json(provenance, asdict(collected))
+    files.write_bytes(provenance.with_suffix(".png"), plot([collected.realism]))
+    files.write_json(provenance, {**asdict(collected), "table": collected.realism.markdown()})
     return collected

@@ -99,6 +99,8 @@ class Host:
     """Interpreter, GPUs, limits."""
     token: SecretStr | None = None
     """The Hugging Face token, for gated weights; it reaches the server's environment only."""
+    keep_dumps: bool = False
+    """Whether what FlashInfer dumped is kept in the launch's folder; the disk is not bounded."""
 
 
 def serve_session(
@@ -125,7 +127,7 @@ def serve_session(
             return complete
         attempts = place.attempts()
         for number, left in enumerate(attempts, start=1):
-            _take_over(place, number, left, options)
+            _take_over(place, number, left, host)
         first = Adjustment(
             max_total_tokens=_CAPPED_POOL if _records_runs(session) else None,
             tp=session.tp,
@@ -203,25 +205,24 @@ def _dump_folder(place: Place, number: int, options: CollectSettings) -> Path:
     return place.logs(number) / "dumps"
 
 
-def _take_over(place: Place, number: int, left: Attempt, options: CollectSettings) -> None:
+def _take_over(place: Place, number: int, left: Attempt, host: Host) -> None:
     """Keep what a launch that was killed had served and not drained."""
     if not left.dumps.is_dir():
         return
     if (place.logs(number) / _GO).exists():
         with CallStore(place.store) as store:
-            _drain(place, store, number, left.dumps, options).finish()
+            _drain(place, store, number, left.dumps, host).finish()
     shutil.rmtree(left.dumps)
 
 
-def _drain(
-    place: Place, store: CallStore, number: int, dumps: Path, options: CollectSettings
-) -> Drain:
+def _drain(place: Place, store: CallStore, number: int, dumps: Path, host: Host) -> Drain:
     return Drain(
         dumps,
         store,
         prefix=f"{place.root.name}/{number}/",
-        bound=options.disk_bytes,
-        incomplete=options.incomplete_calls,
+        bound=host.options.disk_bytes,
+        incomplete=host.options.incomplete_calls,
+        keep=place.logs(number) / "kept" if host.keep_dumps else None,
     )
 
 
@@ -283,7 +284,7 @@ class _Launch:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.attempt.dumps.mkdir(parents=True, exist_ok=True)
         with CallStore(self.place.store) as store:
-            self.drain = _drain(self.place, store, self.number, self.attempt.dumps, self.options)
+            self.drain = _drain(self.place, store, self.number, self.attempt.dumps, self.host)
             self.store = store
             try:
                 gpus = self._serve()

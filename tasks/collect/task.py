@@ -7,15 +7,17 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from tasks import manifest, settings
-from tasks.collect.evaluate import evaluate
+from tasks.collect.evaluate import Effort, evaluate, unavailable
+from tasks.collect.lease import lease, visible_gpus
 from tasks.collect.live import served_calls
 from tasks.collect.phase import collect_calls
-from tasks.collect.place import Outcome
+from tasks.collect.place import Outcome, Say
 from tasks.collect.sanitize import open_calls
 from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Session
-from tasks.manifest import DONE
+from tasks.manifest import DONE, KernelEntry
 from tasks.model import read_config
+from tasks.settings import CollectSettings
 from tasks.step import step
 
 _LAUNCHES = 8
@@ -34,13 +36,16 @@ def _may_go_better(error: BaseException) -> bool:
     retries=_LAUNCHES,
     worth_retrying=_may_go_better,
 )
-def collect_session(path: Path, session: Session, config: Path) -> Outcome:
+def collect_session(
+    path: Path, session: Session, config: Path, *, keep_dumps: bool = False
+) -> Outcome:
     """Serve one session, or find that it is complete; return what it came to.
 
     Args:
         path: the run manifest.
         session: what to start and send.
         config: the model's config.json.
+        keep_dumps: whether to keep what FlashInfer dumped.
 
     Raises:
         SessionError: the launch failed; Prefect tries again where that may go better.
@@ -48,7 +53,7 @@ def collect_session(path: Path, session: Session, config: Path) -> Outcome:
     log = get_run_logger()
     options = settings.load_settings(path.parent)
     slug = manifest.load(path).model_slug
-    host = Host(options.collect, options.hf_token)
+    host = Host(options.collect, options.hf_token, keep_dumps)
     return serve_session(session, read_config(config), options.sessions(slug), host, log.info)
 
 
@@ -88,7 +93,7 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     )
     for warning in collected.realism.warnings:
         log.warning("%s: %s", name, warning)
-    outcome = evaluate(dataset, entry.op_type, name)
+    outcome = _evaluated(dataset, entry, options.collect, provenance.parent / "failed", log.info)
     log.info("%s: baseline %s", name, outcome)
     manifest.update_kernel(
         path,
@@ -98,3 +103,17 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
         baseline_status=outcome,
     )
     return collected.rows
+
+
+def _evaluated(
+    dataset: Path, entry: KernelEntry, options: CollectSettings, kept: Path, say: Say
+) -> str:
+    """Evaluate a baseline on a GPU of its own, where there is one."""
+    effort = Effort(options.row_seconds, options.iterations, options.trials)
+    op_type, name = entry.op_type, entry.definition_name
+    if unavailable():
+        return evaluate(dataset, op_type, name, effort=effort, kept=kept)
+    gpus = visible_gpus(options.gpus)
+    limit = options.lease_seconds
+    with lease(options.lease_dir, gpus, 1, on_wait=say, timeout=limit, session=name) as (gpu,):
+        return evaluate(dataset, op_type, name, effort=effort, kept=kept, gpu=gpu)

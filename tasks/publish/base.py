@@ -25,6 +25,8 @@ class Post:
     title: str
     body: str
     labels: tuple[str, ...] = ()
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    """Files that the body shows, by the name that it has for them."""
     asked_for: str = ""
     """`{model}/{definition}`, where others may open the same: the text of the first one stays."""
 

@@ -73,9 +73,13 @@ class Outbox:
                 git("init", "--quiet", "--initial-branch=main", str(self._root))
             # We hold the outbox's lock: a lock file of git's own is left from a killed run.
             (self._root / ".git" / "index.lock").unlink(missing_ok=True)
+            ours = ["--", ".gitignore", str(path.relative_to(self._root))]
             if not _is_anothers(path, post.asked_for):
+                for shown, picture in post.pictures.items():
+                    copy = path.with_name(files.safe_name(shown, "picture"))
+                    files.write_bytes(copy, picture.read_bytes())
+                    ours.append(str(copy.relative_to(self._root)))
                 files.write_text(path, text)
-            ours = ("--", ".gitignore", str(path.relative_to(self._root)))
             git("add", *ours, cwd=self._root)
             if git("status", "--porcelain", *ours, cwd=self._root):
                 message = f"{post.kind}: {post.title}"

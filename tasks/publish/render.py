@@ -125,15 +125,24 @@ def dataset_pull_request(subject: Subject) -> tuple[Post, Branch]:
             row = json.loads(line)["workload"]
             seen = collected["provenance"]["workloads"].get(row["uuid"])
             axes = ", ".join(f"{axis}={size}" for axis, size in row["axes"].items())
-            calls = len(seen["calls"]) if seen else "of another model"
+            calls = seen["count"] if seen else "of another model"
             workloads.append({"uuid": row["uuid"], "axes": axes, "calls": calls})
     blobs = [path for path in staged if path.suffix == ".safetensors"]
     listed = [path.as_posix() for path in staged if path.suffix != ".safetensors"]
     if blobs:
         listed.append(f"{subject.files.blobs}/ ({len(blobs)} blobs)")
     title = f"Add {name}: {_contents(staged)}"
-    body = _body("dataset.md.j2", subject, paths=listed, collected=collected, workloads=workloads)
-    post = Post(name, "dataset", DATASET_REPOSITORY, title, body)
+    plot = subject.collected.with_suffix(".png")
+    pictures = {f"{name}.png": plot} if collected and plot.exists() else {}
+    body = _body(
+        "dataset.md.j2",
+        subject,
+        paths=listed,
+        collected=collected,
+        workloads=workloads,
+        pictures=pictures,
+    )
+    post = Post(name, "dataset", DATASET_REPOSITORY, title, body, pictures=pictures)
     shas = subject.manifest.repo_shas
     message = (
         f"{title}\n\nModel: {subject.model}\nSGLang: {shas.sglang}\nFlashInfer: {shas.flashinfer}\n"
