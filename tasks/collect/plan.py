@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks import ops
 from tasks.collect.session import Lengths, Mode, Session, Traffic
-from tasks.errors import CollectError
+from tasks.errors import CollectError, InputError
 from tasks.model import ModelConfig
 from tasks.ops.base import FlashInferApi, KernelSpec
 
@@ -38,6 +38,12 @@ _STEP_SECONDS = 0.03
 """A decode step of a large model on one GPU, in eager mode with plans recorded; an estimate."""
 _PREFILL_TOKENS_PER_SECOND = 20_000
 _START_SECONDS = 120
+_OURS = frozenset(
+    "--model-path --model --host --port --tp-size --tp --tensor-parallel-size --ep-size --ep "
+    "--page-size --disable-cuda-graph --attention-backend --skip-server-warmup "
+    "--skip-tokenizer-init --nnodes --node-rank --dist-init-addr".split()
+)
+"""Arguments that a session decides, in all their spellings."""
 _PLAN_BYTES = 8_000
 """Two lines of metadata and the offsets of a plan."""
 
@@ -135,6 +141,8 @@ class _Launch:
         shared = self.options.keys() & other.options.keys()
         if any(self.options[name] != other.options[name] for name in shared):
             return None
+        if self.speculative != other.speculative:
+            return None
         return replace(
             self,
             tp=tp,
@@ -144,6 +152,11 @@ class _Launch:
             options={**self.options, **other.options},
             kernels=(*self.kernels, *other.kernels),
         )
+
+    @property
+    def speculative(self) -> Mapping[str, str]:
+        """Options of speculative decoding, which changes the calls of everything else too."""
+        return {name: v for name, v in self.options.items() if name.startswith("--speculative")}
 
     @property
     def demands(self) -> tuple[bool, bool, bool]:
@@ -362,15 +375,17 @@ def read_arguments(texts: Iterable[str]) -> tuple[str, ...]:
     """Split server arguments as they were given, `--load-format dummy` or one word each.
 
     Raises:
-        CollectError: one begins with no flag, or sets what the session decides.
+        InputError: one begins with no flag, is quoted wrongly, or sets what the session decides.
     """
-    words = tuple(word for text in texts for word in shlex.split(text))
-    ours = {"--model-path", "--host", "--port", "--tp-size", "--page-size", "--disable-cuda-graph"}
-    taken = sorted({word.partition("=")[0] for word in words} & ours)
+    try:
+        words = tuple(word for text in texts for word in shlex.split(text))
+    except ValueError as error:
+        raise InputError(f"--server-flag: {error}") from error
+    taken = sorted({word.partition("=")[0] for word in words} & _OURS)
     if taken:
-        raise CollectError(f"--server-flag: {', '.join(taken)} is decided by the session")
+        raise InputError(f"--server-flag: {', '.join(taken)} is decided by the session")
     if words and not words[0].startswith("--"):
-        raise CollectError(f"--server-flag: {words[0]!r} is no flag")
+        raise InputError(f"--server-flag: {words[0]!r} is no flag")
     return words
 
 

@@ -1,0 +1,332 @@
+"""Sessions: as few launches as show all calls, with the flags of the SGLang that will run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks import ops
+from tasks.collect.plan import (
+    NodeGroup,
+    Wish,
+    eager_options,
+    estimate,
+    few_layers,
+    plan_sessions,
+    read_arguments,
+)
+from tasks.collect.request import parse_request
+from tasks.collect.session import Lengths, Traffic
+from tasks.discover.inventory import requirements
+from tasks.errors import CollectError, InputError
+from tasks.manifest import RunManifest
+from tasks.model import ModelConfig, Serving, read_config
+from tasks.ops.base import FlashInferApi, KernelSpec
+from tests.conftest import DATA
+
+FLAGS = frozenset(
+    "--attention-backend --sampling-backend --disable-cuda-graph --cuda-graph-backend-decode "
+    "--cuda-graph-backend-prefill --json-model-override-args --disable-radix-cache --tp-size "
+    "--page-size --ep-size --max-running-requests --skip-server-warmup --skip-tokenizer-init "
+    "--flashinfer-mla-disable-ragged --linear-attn-backend --mamba-backend --mamba-ssm-dtype "
+    "--moe-runner-backend --dsa-prefill-backend --dsa-decode-backend --kv-cache-dtype --nnodes "
+    "--node-rank --dist-init-addr --load-format --speculative-algorithm "
+    "--speculative-eagle-topk".split()
+)
+"""Of SGLang 0.5.17's, those that sessions use."""
+CONFIGS = sorted(path.stem for path in (DATA / "configs").glob("*.json"))
+
+
+def model_of(name: str) -> ModelConfig:
+    return read_config(DATA / "configs" / f"{name}.json")
+
+
+def needed(model: ModelConfig, *sizes: int, ep: int = 1) -> list[KernelSpec]:
+    servings = [Serving(tp=tp, ep=ep, origin="test") for tp in sizes]
+    return [
+        spec
+        for spec in requirements(model, servings).kernels
+        if isinstance(ops.op_module(spec.op_type).provider(spec), FlashInferApi)
+    ]
+
+
+def flags_of(words: tuple[str, ...]) -> dict[str, str]:
+    """Return flag -> value, empty for one that takes none."""
+    found = {}
+    for word, following in zip(words, (*words[1:], "--"), strict=True):
+        if word.startswith("--"):
+            found[word] = "" if following.startswith("--") else following
+    return found
+
+
+def test_a_dense_model_needs_four_launches() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    plan = plan_sessions(needed(model, 1), model, Wish("m"), FLAGS)
+    served = {session.id: set(session.definitions) for session in plan.sessions}
+    heads = "h32_kv8_d128"
+    filters = ("top_k", "top_p", "top_k_top_p")
+    assert served == {
+        "tp1-ep1-ps64-paged-prefill": {
+            f"gqa_paged_decode_{heads}_ps64",
+            f"gqa_paged_prefill_causal_{heads}_ps64",
+        },
+        "tp1-ep1-ps1-paged-prefill": {
+            f"gqa_paged_decode_{heads}_ps1",
+            f"gqa_paged_prefill_causal_{heads}_ps1",
+        },
+        "tp1-ep1-ps1-ragged-prefill": {f"gqa_ragged_prefill_causal_{heads}"},
+        "tp1-ep1-ps1-calls": {
+            "rmsnorm_h4096",
+            "fused_add_rmsnorm_h4096",
+            *(f"{name}_sampling_from_probs_v128256" for name in filters),
+        },
+    }
+    assert plan.launches_one_by_one(5) == 50
+
+
+def test_each_launch_is_what_its_kernels_ask_for() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    plan = plan_sessions(needed(model, 1), model, Wish("m"), FLAGS)
+    sessions = {session.id: session for session in plan.sessions}
+    paged = sessions["tp1-ep1-ps64-paged-prefill"]
+    ragged = sessions["tp1-ep1-ps1-ragged-prefill"]
+    calls = sessions["tp1-ep1-ps1-calls"]
+    assert (paged.mode, ragged.mode, calls.mode) == ("paged_prefill", "ragged_prefill", "decode")
+    assert paged.env == {"SGLANG_FLASHINFER_USE_PAGED": "1"}
+    assert not ragged.env
+    assert flags_of(paged.flags)["--page-size"] == "64"
+    # A cached prefix is what paged prefill is for, and would be run paged in ragged mode.
+    assert "--disable-radix-cache" not in paged.flags
+    assert paged.traffic.shared_prefix > 0
+    assert "--disable-radix-cache" in ragged.flags
+    for session in plan.sessions:
+        flags = flags_of(session.flags)
+        assert flags["--attention-backend"] == "flashinfer"
+        assert "--disable-cuda-graph" in flags
+        assert "--skip-server-warmup" in flags
+    # Plans where there are plans; whole calls of few layers, with short answers.
+    assert paged.record == (
+        "BatchDecodeWithPagedKVCacheWrapper.plan",
+        "BatchPrefillWithPagedKVCacheWrapper.plan",
+    )
+    assert "rmsnorm" in calls.record
+    assert json.loads(flags_of(calls.flags)["--json-model-override-args"]) == {
+        "num_hidden_layers": 2
+    }
+    assert max(length.osl for length in calls.traffic.lengths) == 16
+    assert calls.traffic.batch_sizes == paged.traffic.batch_sizes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_definition_is_in_one_launch_that_suits_it(name: str) -> None:
+    model = model_of(name)
+    specs = needed(model, 1, 2, 4, 8)
+    plan = plan_sessions(specs, model, Wish("m"), FLAGS)
+    placed = Counter(name for session in plan.sessions for name in session.definitions)
+    assert placed.keys() | plan.not_collected.keys() == {spec.name for spec in specs}
+    assert set(placed.values()) <= {1}
+    ids = [session.id for session in plan.sessions]
+    assert len(ids) == len(set(ids))
+    by_name = {spec.name: spec for spec in specs}
+    for session in plan.sessions:
+        for definition in session.definitions:
+            spec = by_name[definition]
+            provider = ops.op_module(spec.op_type).provider(spec)
+            assert isinstance(provider, FlashInferApi)
+            assert not spec.tp or session.tp in spec.tp
+            assert spec.axes.get("page_size", session.page_size) == session.page_size
+            assert provider.prefill in ("", session.mode.removesuffix("_prefill"))
+            assert set(provider.recorded) <= set(session.record)
+            given = flags_of(session.flags)
+            for flag in provider.server_flags:
+                option, _, value = flag.partition(" ")
+                assert given[option] == value
+
+
+def test_tensor_parallel_sizes_are_kept_apart_and_shared_kernels_are_served_once() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-70B")
+    plan = plan_sessions(needed(model, 4, 8), model, Wish("m"), FLAGS)
+    sizes = Counter(session.tp for session in plan.sessions if "calls" not in session.id)
+    assert sizes == {4: 3, 8: 3}
+    [calls] = [session for session in plan.sessions if "calls" in session.id]
+    assert calls.tp_choices == (1, 2, 4, 8)
+
+
+def test_speculative_decoding_has_a_launch_of_its_own() -> None:
+    model = model_of("Qwen--Qwen3-Next-80B-A3B-Instruct")
+    plan = plan_sessions(needed(model, 1), model, Wish("m"), FLAGS)
+    [session] = [s for s in plan.sessions if "--speculative-algorithm" in s.flags]
+    assert all(name.startswith("gdn_mtp_") for name in session.definitions)
+
+
+def test_kernels_of_other_weights_are_not_collected() -> None:
+    model = model_of("Qwen--Qwen3-30B-A3B")
+    plan = plan_sessions(needed(model, 1), model, Wish("m"), FLAGS)
+    reason = plan.not_collected["moe_fp8_block_scale_renorm_topk8_e128_h2048_i768"]
+    assert "fp8 weights" in reason
+    assert "16 bits" in reason
+    quantised = model_of("Qwen--Qwen3-30B-A3B-FP8")
+    plan = plan_sessions(needed(quantised, 1), quantised, Wish("m"), FLAGS)
+    served = {name for session in plan.sessions for name in session.definitions}
+    assert "moe_fp8_block_scale_renorm_topk8_e128_h2048_i768" in served
+
+
+def test_experts_are_spread_over_as_many_ranks() -> None:
+    model = model_of("deepseek-ai--DeepSeek-V3")
+    plan = plan_sessions(needed(model, 8, ep=8), model, Wish("m"), FLAGS)
+    [session] = [s for s in plan.sessions if any(name.startswith("moe_") for name in s.definitions)]
+    assert (session.tp, session.ep) == (8, 8)
+    flags = flags_of(session.flags)
+    assert (flags["--ep-size"], flags["--moe-runner-backend"]) == ("8", "flashinfer_trtllm")
+    # Three dense layers come before the first with experts.
+    assert json.loads(flags["--json-model-override-args"]) == {"num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    # Which flags each SGLang release has, from its own server_args.py.
+    [
+        ("0.5.9", {"--disable-cuda-graph"}),
+        ("0.5.10", {"--disable-cuda-graph", "--disable-piecewise-cuda-graph"}),
+        ("0.5.13", {"--disable-cuda-graph", "--disable-piecewise-cuda-graph"}),
+        ("0.5.14", {"--disable-cuda-graph"}),
+        ("0.5.17", {"--disable-cuda-graph"}),
+        ("0.5.20", {"--disable-cuda-graph"}),
+        ("0.5.23", {"--disable-cuda-graph"}),
+    ],
+)
+def test_graphs_are_turned_off_as_the_version_wants_it(version: str, expected: set[str]) -> None:
+    number = int(version.rpartition(".")[2])
+    flags = {"--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"}
+    if 10 <= number < 20:
+        flags.add("--disable-piecewise-cuda-graph")
+    if number >= 14:
+        flags |= {"--cuda-graph-backend-decode", "--cuda-graph-backend-prefill"}
+    assert {name for name in eager_options(flags) if "graph" in name} == expected
+
+
+def test_a_flag_that_sglang_lacks_is_named() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    with pytest.raises(CollectError, match="--skip-server-warmup: the SGLang that is to run"):
+        plan_sessions(needed(model, 1), model, Wish("m"), FLAGS - {"--skip-server-warmup"})
+    with pytest.raises(CollectError, match="--no-such-flag"):
+        plan_sessions(needed(model, 1), model, Wish("m", flags=("--no-such-flag",)), FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("meta-llama--Meta-Llama-3.1-8B", 2),
+        ("deepseek-ai--DeepSeek-V3", 4),
+        # Its layers are listed, or nested in a multimodal config: all of them are served.
+        ("openai--gpt-oss-20b", None),
+        ("google--gemma-3-27b-it", None),
+        ("MiniMaxAI--MiniMax-M1-80k", None),
+    ],
+)
+def test_few_layers_show_every_kind(name: str, layers: int | None) -> None:
+    assert few_layers(model_of(name)) == layers
+
+
+def test_all_layers_can_be_asked_for() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    plan = plan_sessions(needed(model, 1), model, Wish("m", all_layers=True), FLAGS)
+    assert not any("--json-model-override-args" in session.flags for session in plan.sessions)
+
+
+def test_runs_are_recorded_where_they_are_asked_for() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    plan = plan_sessions(needed(model, 1), model, Wish("m", record_runs=True), FLAGS)
+    recorded = {name for session in plan.sessions for name in session.record}
+    assert "BatchDecodeWithPagedKVCacheWrapper.run" in recorded
+
+
+def test_several_hosts_are_handed_to_sglang() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    wish = Wish("m", nodes=NodeGroup(2, 1, "10.0.0.1:5000"))
+    for session in plan_sessions(needed(model, 1), model, wish, FLAGS).sessions:
+        flags = flags_of(session.flags)
+        assert (flags["--nnodes"], flags["--node-rank"]) == ("2", "1")
+        assert flags["--dist-init-addr"] == "10.0.0.1:5000"
+    with pytest.raises(CollectError, match="node_rank: 2 is not one of 2 nodes"):
+        _ = NodeGroup(2, 2, "a:1").arguments
+    with pytest.raises(CollectError, match="dist_init_addr: missing"):
+        _ = NodeGroup(2, 0).arguments
+
+
+def test_an_estimate_counts_the_traffic() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    traffic = Traffic(
+        lengths=(Lengths(isl=100, osl=50),), batch_sizes=(2, 4), rounds=3, random_range_ratio=1
+    )
+    plan = plan_sessions(needed(model, 1), model, Wish("m", traffic), FLAGS)
+    [ragged] = [session for session in plan.sessions if session.mode == "ragged_prefill"]
+    # Two waves of 3 rounds: 6 + 12 requests.
+    assert estimate(ragged, model).calls == {"BatchPrefillWithRaggedKVCacheWrapper.plan": 18}
+
+
+def test_server_arguments_are_split_and_ours_are_refused() -> None:
+    given = ["--load-format dummy", "--json-model-override-args", "{}"]
+    assert read_arguments(given) == ("--load-format", "dummy", "--json-model-override-args", "{}")
+    for text in ("--port 80", "--host=0.0.0.0", "--model-path /x", "--tp-size 4"):
+        with pytest.raises(InputError, match="decided by the session"):
+            read_arguments([text])
+    with pytest.raises(InputError, match="is no flag"):
+        read_arguments(["dummy"])
+    with pytest.raises(InputError, match="quotation"):
+        read_arguments(["--name 'open"])
+
+
+def manifest_of(*specs: KernelSpec) -> RunManifest:
+    kernels = [
+        {
+            "definition_name": spec.name,
+            "op_type": spec.op_type,
+            "phase1_status": "new",
+            "fi_status": "fi_supported",
+            "sgl_status": "sgl_integrated",
+            "spec": spec.model_dump(mode="json"),
+        }
+        for spec in specs
+    ]
+    facts = {"model_slug": "m", "hf_repo_id": "a/m", "date": "2026-11-21", "kernels": kernels}
+    return RunManifest.model_validate(facts)
+
+
+def test_a_request_names_the_kernels_that_are_not_done() -> None:
+    one, two = needed(model_of("meta-llama--Meta-Llama-3.1-8B"), 1)[:2]
+    run = manifest_of(one, two)
+    run.kernels[0].phase3_status = "done"
+    everything = parse_request(manifest=Path("m.json"))
+    assert [entry.definition_name for entry in everything.chosen(run)] == [two.name]
+    named = parse_request(manifest=Path("m.json"), definitions=(one.name,))
+    assert [entry.definition_name for entry in named.chosen(run)] == [one.name]
+    with pytest.raises(InputError, match="has no nonsense"):
+        parse_request(manifest=Path("m.json"), definitions=("nonsense",)).chosen(run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"isl": 5}, "isl and osl: give both or none"),
+        ({"dataset_kind": "sharegpt"}, "dataset_path: is for"),
+        ({"dataset_kind": "poems"}, "--dataset-kind: "),
+        ({"rounds": 0}, "--rounds: "),
+        ({"random_range_ratio": 0}, "--random-range-ratio: "),
+        ({"max_workloads": 0}, "--max-workloads: "),
+    ],
+)
+def test_wrong_requests_name_the_option(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse_request(manifest=Path("m.json"), **fields)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=6))
+def test_batch_sizes_are_sent_once_each_in_order(sizes: list[int]) -> None:
+    traffic = parse_request(manifest=Path("m.json"), batch_sizes=tuple(sizes)).traffic
+    assert traffic.batch_sizes == tuple(sorted(set(sizes)))
