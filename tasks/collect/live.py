@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tasks.collect.dumps import CallLog
-from tasks.collect.place import Outcome, outcomes
+from tasks.collect.place import Outcome, failures, outcomes
 from tasks.collect.plan import Plan, plan_sessions
 from tasks.collect.request import CollectRequest
 from tasks.collect.session import Session
@@ -76,11 +76,16 @@ def served_calls(sessions: Path, name: str) -> tuple[CallLog, list[Session]]:
     """Return the calls of the complete sessions that served a definition, and those sessions.
 
     Raises:
-        CollectError: no session served it, or none of its calls was seen; the text says why.
+        CollectError: no session that was to show it is complete, or none of its calls was seen;
+            the text says why.
     """
     served = [
         (place, found) for place, found in outcomes(sessions) if name in found.session.expects
     ]
+    failed = [(session, why) for session, why in failures(sessions) if name in session.expects]
+    if failed and not served:
+        reasons = "; ".join(f"session {session.id} failed: {why}" for session, why in failed)
+        raise CollectError(f"{name}: {reasons}")
     if not served:
         raise CollectError(
             f"{name}: there are no calls to collect from; serve the model on a GPU (onboard "

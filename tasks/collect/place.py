@@ -111,9 +111,18 @@ class Place:
             return []
         return _Attempts.model_validate_json(self._attempts.read_bytes()).attempts
 
-    def record(self, attempts: list[Attempt]) -> None:
-        """Record the launches so far."""
-        files.write_text(self._attempts, _Attempts(attempts=attempts).model_dump_json(indent=2))
+    def record(self, session: Session, attempts: list[Attempt]) -> None:
+        """Record the launches so far, and of what."""
+        made = _Attempts(session=session, attempts=attempts)
+        files.write_text(self._attempts, made.model_dump_json(indent=2))
+
+    def failed(self) -> tuple[Session, Failure] | None:
+        """Return the session and how its last launch failed, if it did."""
+        if self._outcome.exists() or not self._attempts.exists():
+            return None
+        made = _Attempts.model_validate_json(self._attempts.read_bytes())
+        failure = made.attempts[-1].failure
+        return (made.session, failure) if failure else None
 
     def logs(self, attempt: int) -> Path:
         """Return the folder of a launch's logs."""
@@ -121,10 +130,19 @@ class Place:
 
 
 class _Attempts(BaseModel):
+    session: Session
     attempts: list[Attempt]
 
 
 def outcomes(sessions: Path) -> list[tuple[Place, Outcome]]:
     """Return the complete sessions of a folder, in the order of their names."""
-    places = [Place(path) for path in sorted(sessions.glob("*/")) if path.is_dir()]
-    return [(place, outcome) for place in places if (outcome := place.outcome())]
+    return [(place, outcome) for place in _places(sessions) if (outcome := place.outcome())]
+
+
+def failures(sessions: Path) -> list[tuple[Session, Failure]]:
+    """Return the sessions of a folder whose last launch failed, in the order of their names."""
+    return [failed for place in _places(sessions) if (failed := place.failed())]
+
+
+def _places(sessions: Path) -> list[Place]:
+    return [Place(path) for path in sorted(sessions.glob("*/")) if path.is_dir()]

@@ -39,25 +39,10 @@ _STEP_SECONDS = 0.03
 _PREFILL_TOKENS_PER_SECOND = 20_000
 _START_SECONDS = 120
 _OURS = frozenset(
-    [
-        "--model-path",
-        "--model",
-        "--host",
-        "--port",
-        "--tp-size",
-        "--tp",
-        "--tensor-parallel-size",
-        "--ep-size",
-        "--ep",
-        "--page-size",
-        "--disable-cuda-graph",
-        "--attention-backend",
-        "--skip-server-warmup",
-        "--skip-tokenizer-init",
-        "--nnodes",
-        "--node-rank",
-        "--dist-init-addr",
-    ]
+    {"--model-path", "--model", "--host", "--port", "--attention-backend", "--page-size"}
+    | {"--tp-size", "--tp", "--tensor-parallel-size", "--ep-size", "--ep"}
+    | {"--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"}
+    | {"--nnodes", "--node-rank", "--dist-init-addr"}
 )
 """Arguments that a session decides, in all their spellings."""
 _PLAN_BYTES = 8_000

@@ -118,6 +118,7 @@ def serve_session(
     Raises:
         SessionError: the server did not start, died, or showed other kernels than it should.
         CollectError: the GPUs or the folder could not be had.
+        InputError: the traffic's file or the model's vocabulary is none to make requests of.
     """
     place, options = Place.of(sessions, session), host.options
     with place.alone(say):
@@ -125,6 +126,7 @@ def serve_session(
         if complete is not None:
             say(f"{session.id}: complete already, {sum(complete.fired.values())} calls")
             return complete
+        _check_traffic(session, model)
         attempts = place.attempts()
         for number, left in enumerate(attempts, start=1):
             _take_over(place, number, left, host)
@@ -137,7 +139,7 @@ def serve_session(
             adjustment=_adjusted(attempts, session, options) or first,
             dumps=_dump_folder(place, len(attempts) + 1, options),
         )
-        place.record([*attempts, attempt])
+        place.record(session, [*attempts, attempt])
         launch = _Launch(
             session=session,
             model=model,
@@ -151,11 +153,17 @@ def serve_session(
             outcome = launch.run()
         except _LaunchError as error:
             attempt.failure = error.failure
-            place.record([*attempts, attempt])
+            place.record(session, [*attempts, attempt])
             made = [*attempts, attempt]
             raise _session_error(place, session, made, error.failure, options) from error
         place.finish(outcome)
         return outcome
+
+
+def _check_traffic(session: Session, model: ModelConfig) -> None:
+    """Make the first wave, so that a file that cannot be read costs no launch."""
+    limits = Limits(vocab_size=model.vocab_size, context_length=None)
+    next(waves(session.traffic, limits, _folder(session.model)))
 
 
 def _session_error(
@@ -340,9 +348,20 @@ class _Launch:
                     raise self._failed()
                 error = sent.exception()
                 if error is not None:
-                    raise self._failed(str(error)) from error
+                    raise self._not_sent(port, error) from error
             finally:
                 self.keeper.stop()  # ends requests that are still waiting
+
+    def _not_sent(self, port: int, error: BaseException) -> _LaunchError:
+        """Return the error for traffic that failed: the server's own, if that is what it died of.
+
+        A dying server's connections are gone before its processes are.
+        """
+        deadline = time.monotonic() + 2 * _GRACE
+        self._tend_until(
+            lambda: not self.keeper.alive or self._ready(port) or time.monotonic() > deadline
+        )
+        return self._failed(str(error), status=self.keeper.returncode or 0)
 
     async def _drive(self, port: int) -> Served:
         async with HttpClient(port, self.traffic) as client:
@@ -430,9 +449,15 @@ class _Launch:
         if self.store.size() > self.options.disk_bytes // 2:
             self.store.thin(self.options.disk_bytes // 4)
 
-    def _failed(self, reason: str = "") -> _LaunchError:
-        """Return the error for a launch that ended by itself, or that has to end for a reason."""
-        failure = classify(tail(self.log, _LOG_LINES), self.keeper.returncode)
+    def _failed(self, reason: str = "", *, status: int | None = None) -> _LaunchError:
+        """Return the error for a launch that ended by itself, or that has to end for a reason.
+
+        Args:
+            reason: why, where the log does not tell; without a status, that it took too long.
+            status: the server's exit status, if not as the keeper knows it.
+        """
+        ended = self.keeper.returncode if status is None else status
+        failure = classify(tail(self.log, _LOG_LINES), ended)
         if reason and failure.kind in {Kind.TIMEOUT, Kind.UNKNOWN}:
             failure = replace(failure, reason=reason)
         return _LaunchError(failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -30,35 +31,16 @@ from tasks.ops.base import FlashInferApi, KernelSpec
 from tests.conftest import DATA
 
 FLAGS = frozenset(
-    [
-        "--attention-backend",
-        "--sampling-backend",
-        "--disable-cuda-graph",
-        "--cuda-graph-backend-decode",
-        "--cuda-graph-backend-prefill",
-        "--json-model-override-args",
-        "--disable-radix-cache",
-        "--tp-size",
-        "--page-size",
-        "--ep-size",
-        "--max-running-requests",
-        "--skip-server-warmup",
-        "--skip-tokenizer-init",
-        "--flashinfer-mla-disable-ragged",
-        "--linear-attn-backend",
-        "--mamba-backend",
-        "--mamba-ssm-dtype",
-        "--moe-runner-backend",
-        "--dsa-prefill-backend",
-        "--dsa-decode-backend",
-        "--kv-cache-dtype",
-        "--nnodes",
-        "--node-rank",
-        "--dist-init-addr",
-        "--load-format",
-        "--speculative-algorithm",
-        "--speculative-eagle-topk",
-    ]
+    re.findall(
+        r"\S+",
+        """--attention-backend --sampling-backend --disable-cuda-graph --cuda-graph-backend-decode
+        --cuda-graph-backend-prefill --json-model-override-args --disable-radix-cache --tp-size
+        --page-size --ep-size --max-running-requests --skip-server-warmup --skip-tokenizer-init
+        --flashinfer-mla-disable-ragged --linear-attn-backend --mamba-backend --mamba-ssm-dtype
+        --moe-runner-backend --dsa-prefill-backend --dsa-decode-backend --kv-cache-dtype --nnodes
+        --node-rank --dist-init-addr --load-format --speculative-algorithm
+        --speculative-eagle-topk""",
+    )
 )
 """Of SGLang 0.5.17's, those that sessions use."""
 CONFIGS = sorted(path.stem for path in (DATA / "configs").glob("*.json"))

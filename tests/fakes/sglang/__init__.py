@@ -7,7 +7,9 @@ Variables of the environment, none of which SGLang knows:
 * `FAKE_SGLANG_FAULT`: what goes wrong, several by comma (`srt/faults.py`);
 * `FAKE_SGLANG_ONCE`: a file; nothing goes wrong where it exists, and the first fault makes it
   (failing requests do not);
-* `FAKE_SGLANG_SERVED`: a file that every request is written to, a JSON line each.
+* `FAKE_SGLANG_SERVED`: a file that every request is written to, a JSON line each;
+* `FAKE_SGLANG_STEPS`: a file that every step is written to once its kernels were called, a JSON
+  line each: phase, and of each request the tokens cached before it, its length and its slots.
 """
 
 from sglang.srt.entrypoints.engine import Engine as Engine

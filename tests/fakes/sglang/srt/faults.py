@@ -7,6 +7,7 @@
 * `crash_after=N`: the scheduler is killed when it has served N requests;
 * `fail_requests=SHARE`: this share of requests fails;
 * `no_flashinfer`: SGLang takes its Triton backends, and FlashInfer is never called;
+* `warm_up`: kernels are called before the server is ready, for a request of 7 tokens of nobody's;
 * `orphan`: a process is started that outlives its session: one of its own, deaf to SIGTERM.
 """
 

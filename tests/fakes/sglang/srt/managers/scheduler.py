@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_POOL = 65_536
 _DECODE_LOG_INTERVAL = 40
 _CACHED_PROMPTS = 256
+_WARM_UP = 7
 _OUT_OF_MEMORY = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total "
     "capacity of 139.81 GiB of which 11.06 GiB is free. Including non-PyTorch memory, this "
@@ -205,9 +206,19 @@ class Scheduler:
             self.cache.clear()
         return wanted <= len(self.pool.free)
 
+    def warm_up(self) -> None:
+        """Call kernels for nobody, as SGLang does to tune them before it is ready."""
+        request = Request(-1, [0] * _WARM_UP, 2, {"temperature": 1.0, "top_k": 50, "top_p": 0.9})
+        request.grow(_WARM_UP, self.pool)
+        self.model.extend([request], self.pool)
+        request.grow(1, self.pool)
+        self.model.decode([request], self.pool)
+        self.pool.drop(request.pages)
+
     def _prefill(self, batch: list[Request]) -> None:
         new = sum(r.length - r.prefix for r in batch)
         self.model.extend(batch, self.pool)
+        self._note("prefill", batch)
         logger.info(
             f"Prefill batch, #new-seq: {len(batch)}, #new-token: {new}, "
             f"#cached-token: {sum(r.prefix for r in batch)}, token usage: {self._usage():.2f}, "
@@ -224,6 +235,7 @@ class Scheduler:
         for request in self.running:
             request.grow(1, self.pool)
         self.model.decode(self.running, self.pool)
+        self._note("decode", self.running)
         for request in self.running:
             request.output.append(self._token())
         self.steps += 1
@@ -259,6 +271,18 @@ class Scheduler:
         if limit is not None and self.done >= int(limit):
             happened()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _note(self, phase: str, batch: list[Request]) -> None:
+        """Write down a step whose kernels have been called."""
+        if place := os.environ.get("FAKE_SGLANG_STEPS"):
+            step = {
+                "phase": phase,
+                "cached": [r.prefix for r in batch],
+                "lengths": [r.length for r in batch],
+                "slots": [r.slots(r.length, self.pool) for r in batch],
+            }
+            with Path(place).open("a") as stream:
+                stream.write(json.dumps(step) + "\n")
 
     def _usage(self) -> float:
         return 1 - len(self.pool.free) * self.pool.page_size / self.tokens
@@ -308,6 +332,8 @@ def main() -> None:
         f"max_running_requests={scheduler.most}, context_len={model.context_length}, "
         "available_gpu_mem=100.00 GB"
     )
+    if fault("warm_up") is not None:
+        scheduler.warm_up()
     print("ready", file=answers, flush=True)
     threading.Thread(target=scheduler.receive, daemon=True).start()
     scheduler.run()
