@@ -12,7 +12,6 @@ from tasks.collect.place import Outcome, failures, outcomes
 from tasks.collect.plan import Plan, plan_sessions
 from tasks.collect.request import CollectRequest
 from tasks.collect.session import Session
-from tasks.collect.store import CallStore
 from tasks.errors import CollectError, InputError
 from tasks.manifest import RunManifest
 from tasks.model import ModelConfig
@@ -100,7 +99,7 @@ def served_calls(sessions: Path, name: str) -> tuple[CallLog, list[Session]]:
         raise CollectError(f"{name}: {reasons}")
     log = CallLog()
     for place, _ in showing:
-        part = CallStore(place.store).log()
+        part = place.calls()
         log.calls.extend(part.calls)
         log.unreadable.update(part.unreadable)
     return log, [found.session for _, found in showing]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from tasks import files
+from tasks.collect.dumps import CallLog
 from tasks.collect.failures import Adjustment, Failure
 from tasks.collect.session import Served, Session
+from tasks.collect.store import CallStore
 
 Say = Callable[[str], None]
 """Told the operator's lines: few, for each costs the Prefect server some work."""
@@ -123,6 +126,13 @@ class Place:
         made = _Attempts.model_validate_json(self._attempts.read_bytes())
         failure = made.attempts[-1].failure
         return (made.session, failure) if failure else None
+
+    def calls(self) -> CallLog:
+        """Return what was drained; the calls know how their server was made to prefill."""
+        log = CallStore(self.store).log()
+        outcome = self.outcome()
+        way = outcome.session.prefill if outcome else ""
+        return CallLog([replace(call, prefill=way) for call in log.calls], log.unreadable)
 
     def logs(self, attempt: int) -> Path:
         """Return the folder of a launch's logs."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import ops
 from tasks.collect.dumps import CallLog, read_calls
+from tasks.collect.place import Place
 from tasks.collect.realism import Realism, realism
 from tasks.collect.rows import Form, Found, find, form_of
 from tasks.collect.select import Candidate, most_diverse
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _LISTED_REASONS = 50
 """Reasons may have numbers in them, so that there can be as many as there are calls."""
-_STORE = "calls.sqlite"
 
 
 def open_calls(root: Path) -> CallLog:
@@ -30,12 +30,8 @@ def open_calls(root: Path) -> CallLog:
     Raises:
         CollectError: it is neither.
     """
-    store = root / _STORE
-    if not store.is_file():
-        return read_calls(root)
-    from tasks.collect.store import CallStore
-
-    return CallStore(store).log()
+    place = Place(root)
+    return place.calls() if place.store.is_file() else read_calls(root)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class Session(BaseModel):
     """Tensor-parallel sizes at which every one of its kernels has the same shapes."""
 
     @property
+    def prefill(self) -> str:
+        """The way of prefilling that it is made to use, if it is made to."""
+        return {"paged_prefill": "paged", "ragged_prefill": "ragged"}.get(self.mode, "")
+
+    @property
     def definitions(self) -> tuple[str, ...]:
         """The definitions that it collects for."""
         return tuple(self.expects)

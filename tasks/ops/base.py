@@ -210,6 +210,11 @@ class Call(Protocol):
         ...
 
     @property
+    def prefill(self) -> str:
+        """Which way its server was made to prefill (`paged`, `ragged`); empty if unknown."""
+        ...
+
+    @property
     def captured(self) -> bool:
         """Whether a CUDA graph recorded the call, so that it did not run when it was made."""
         ...

@@ -8,9 +8,10 @@ in between.
 A plan is not a run. Where a process recorded runs of the wrapper's class, a plan without one of
 its own is no workload, nor is one whose run a CUDA graph recorded: its indices are made up for the
 capture. Where it recorded none (serving sessions record plans), decode and ragged plans count,
-since SGLang always runs them. A paged prefill then counts only in a process that plans no ragged
-one: otherwise it covers cached prefixes (`flashinfer_backend.py: forward_extend`), or is replaced
-by a ragged one after it was planned (`attention_backend_handler.py: MHA_ONE_SHOT`).
+since SGLang always runs them. A paged prefill then counts only where its server is known to prefill
+so: otherwise it covers cached prefixes (`flashinfer_backend.py: forward_extend`), whose run returns
+the log-sum-exp for a merge, or is replaced by a ragged one after it was planned
+(`attention_backend_handler.py: MHA_ONE_SHOT`), and never in a process that plans ragged prefill.
 
 SGLang tells most plans neither the mask nor the softmax scale: `forward()` sets both on the object
 before it calls `run()`, and no dump has them. Without a mask in the plan, a prefill is causal by
@@ -172,6 +173,17 @@ def check_causal(plan: Call, evidence: Evidence, *, paged: bool) -> None:
         raise DumpError(
             f"{plan.name}: no evidence of a causal run (the process plans ragged prefill, where a "
             "paged plan covers cached prefixes only, or is not run)"
+        )
+    if paged and not evidence.recorded and plan.prefill != "paged":
+        raise DumpError(
+            f"{plan.name}: no evidence of a causal run (no run was recorded, and nothing says that "
+            "the server prefills paged only)"
+        )
+    merged = evidence.runs and all(run.values.get("return_lse") is True for run in evidence.runs)
+    if paged and causal is None and merged:
+        raise DumpError(
+            f"{plan.name}: no evidence of a causal run (its run returns the LSE, as those over a "
+            "cached prefix do)"
         )
 
 

@@ -54,6 +54,7 @@ class MadeCall:
     process: str = "1"
     self_id: int | None = 10
     captured: bool = False
+    prefill: str = ""
 
     def given(self, **arguments: Any) -> MadeCall:
         """Return the call with other arguments; None takes a tensor away."""
@@ -85,6 +86,9 @@ def decode_run(rows: int, pool: int = 1025, **identity: Any) -> MadeCall:
     return MadeCall(f"{DECODE}.run", {"q": MadeTensor((rows, 8, 128))}, values, **identity)
 
 
+PAGED_SERVER = {"prefill": "paged"}
+
+
 def paged_plan(queries: Sequence[int], keys: Sequence[int], **identity: Any) -> MadeCall:
     tables = {
         "qo_indptr": offsets(queries),
@@ -94,7 +98,7 @@ def paged_plan(queries: Sequence[int], keys: Sequence[int], **identity: Any) -> 
     }
     sizes = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim_qk": 128, "page_size": 1}
     options = {"q_data_type": BF16, "kv_data_type": BF16, "custom_mask": None}
-    return MadeCall(f"{PAGED}.plan", tables, {**sizes, **options}, **identity)
+    return MadeCall(f"{PAGED}.plan", tables, {**sizes, **options}, **PAGED_SERVER | identity)
 
 
 def ragged_plan(queries: Sequence[int], keys: Sequence[int], **identity: Any) -> MadeCall:
@@ -114,7 +118,7 @@ def latent_plan(
     }
     sizes = {"num_heads": 16, "head_dim_ckv": 512, "head_dim_kpe": 64, "page_size": 1}
     options = {"causal": causal, "sm_scale": 0.125, "q_data_type": BF16, "kv_data_type": BF16}
-    return MadeCall(f"{LATENT}.plan", tables, {**sizes, **options}, **identity)
+    return MadeCall(f"{LATENT}.plan", tables, {**sizes, **options}, **PAGED_SERVER | identity)
 
 
 def latent_ragged_plan(lengths: Sequence[int]) -> MadeCall:
@@ -371,6 +375,18 @@ def test_a_cached_prefix_s_plan_is_no_causal_prefill() -> None:
     stated = prefix.given(causal=True)
     assert NO_EVIDENCE in reason_of(GQA["prefill", 1], own, stated)
     assert row_of(GQA["prefill", 1], own, stated, run)
+
+
+def test_a_paged_plan_needs_its_run_or_a_server_that_prefills_paged() -> None:
+    """Only the paged calls of `llama` were recorded: nothing shows that they cover prefixes."""
+    plan = paged_plan([3, 9], [33, 64], prefill="")
+    run = MadeCall(f"{PAGED}.run", {"q": MadeTensor((12, 8, 128))})
+    merged = run.given(return_lse=True)
+    assert "no run was recorded" in reason_of(GQA["prefill", 1], plan)
+    assert "returns the LSE" in reason_of(GQA["prefill", 1], plan, merged)
+    assert row_of(GQA["prefill", 1], plan, run)
+    latent = latent_plan([3, 4], [3, 9], causal=True, prefill="ragged")
+    assert "no run was recorded" in reason_of(MLA["prefill", 1], latent)
 
 
 @pytest.mark.parametrize(

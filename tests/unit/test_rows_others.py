@@ -53,6 +53,7 @@ class Call:
     process: str = "a process"
     self_id: int | None = None
     captured: bool = False
+    prefill: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 

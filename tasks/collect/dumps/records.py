@@ -79,6 +79,7 @@ class DumpedCall:
     versions: Mapping[str, str]
     self_id: int | None = None
     captured: bool = False
+    prefill: str = ""
 
 
 def last_record(folder: Path) -> Json:
