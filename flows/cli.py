@@ -197,7 +197,7 @@ def _dry_run(request: OnboardRequest) -> int:
 
 @app.command("collect")
 @reported
-def collect_workloads(
+def collect(
     *,
     manifest: Annotated[Path, typer.Option(help="Run manifest; its folder is the workspace.")],
     definitions: Annotated[
@@ -327,23 +327,32 @@ def _plan_only(request: CollectRequest, as_json: bool) -> int:
 
 
 def _collect(request: CollectRequest, as_json: bool) -> int:
+    from rich.console import Console
+
     from flows.embedded import prefect_server
 
     with prefect_server(request.manifest.parent):
-        from flows.collect import collect_workloads as flow
+        from flows.collect import Collection, collect_workloads
+        from flows.progress import log_lines
 
-        state = flow(request, return_state=True)
-        rows = state.result(raise_on_failure=False)
-        if isinstance(rows, OnboardError):
-            raise rows
-        if not isinstance(rows, dict):
+        with log_lines(Console(stderr=True)):
+            state = collect_workloads(request, return_state=True)
+        found = state.result(raise_on_failure=False)
+        if isinstance(found, OnboardError):
+            raise found
+        if not isinstance(found, Collection):
             raise OnboardError(f"the run ended {state.name}: {state.message}")
     if as_json:
-        typer.echo(json.dumps({"workloads": rows, "message": state.message}, indent=2))
-    else:
-        print_table("Workloads", [{"definition": name, "rows": str(n)} for name, n in rows.items()])
-        typer.echo(state.message)
-    return 1 if state.is_failed() else 0
+        typer.echo(json.dumps(found.model_dump(), indent=2))
+        return 1 if found.failed else 0
+    rows = [{"definition": name, "rows": str(n)} for name, n in found.rows.items()]
+    print_table("Workloads", rows)
+    for name, reason in found.failed.items():
+        typer.echo(f"failed: {name}: {reason.removeprefix(f'{name}: ')}")
+    for name, reason in found.not_collected.items():
+        typer.echo(f"not collected: {name}: {reason}")
+    typer.echo(found.counts)
+    return 1 if found.failed else 0
 
 
 @app.command()

@@ -7,27 +7,51 @@ definitions that it was to serve.
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.futures import wait
 from prefect.states import Completed, Failed
+from pydantic import BaseModel
 
-from tasks import files, manifest, settings
+from tasks import manifest, settings
 from tasks.collect import live
 from tasks.collect.place import Outcome
 from tasks.collect.plan import Plan
-from tasks.collect.realism import Realism, plot
 from tasks.collect.request import CollectRequest
-from tasks.collect.task import collect, collect_session
+from tasks.collect.task import collect, collect_session, stopped_at_the_end
 from tasks.discover.hub import fetch_config
 from tasks.discover.sources import SglangIndex, cached, index_sglang, revision
-from tasks.errors import InputError
+from tasks.errors import InputError, OnboardError
 from tasks.model import read_config
+
+
+class Collection(BaseModel):
+    """What collection came to, by definition."""
+
+    rows: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    """Why there are no rows, or their baseline did not pass."""
+    not_collected: dict[str, str]
+    """Why no session of this model shows it."""
+
+    @property
+    def counts(self) -> str:
+        """How many of each."""
+        return (
+            f"{len(self.rows)} definitions have workloads, {len(self.failed)} failed, "
+            f"{len(self.not_collected)} cannot be collected from this model"
+        )
+
+
+class Served(NamedTuple):
+    """What the sessions of a model came to."""
+
+    outcomes: list[Outcome]
+    not_collected: dict[str, str]
 
 
 @flow(
@@ -39,61 +63,58 @@ from tasks.model import read_config
         "goes on with what is not done."
     ),
 )
-def collect_workloads(request: CollectRequest) -> State[dict[str, int]]:
-    """Collect for the requested definitions; the final state's data is name -> workloads.
+def collect_workloads(request: CollectRequest) -> State[Collection]:
+    """Collect for the requested definitions; the final state's data is the `Collection`.
 
     Args:
         request: what to collect, and how to serve the model.
     """
-    outcomes, failed, passed_over = serve_sessions(request)
+    served = serve_sessions(request)
     run = manifest.load(request.manifest)
-    rows: dict[str, int] = {}
+    found = Collection(not_collected=served.not_collected)
     for entry in request.chosen(run):
         name = entry.definition_name
-        if name in passed_over:
+        if name in served.not_collected:
             continue
         state = collect(request.manifest, name, None, request.max_workloads, return_state=True)
         if state.is_completed():
-            rows[name] = state.result()
+            found.rows[name] = state.result()
         else:
-            failed[name] = str(state.message)
-            manifest.record_error(request.manifest, name, str(state.message))
-    report(run.model_slug, request.manifest.parent, list(rows), outcomes)
-    counts = (
-        f"{len(rows)} definitions have workloads, {len(failed)} failed, "
-        f"{len(passed_over)} cannot be collected from this checkpoint"
-    )
-    if failed:
-        return Failed(message=counts, data=rows)
-    return Completed(message=counts, data=rows)
+            found.failed[name] = reason_of(state)
+            manifest.record_error(request.manifest, name, found.failed[name])
+    if found.failed:
+        return Failed(message=found.counts, data=found)
+    return Completed(message=found.counts, data=found)
 
 
-def serve_sessions(
-    request: CollectRequest,
-) -> tuple[list[Outcome], dict[str, str], dict[str, str]]:
-    """Plan and serve the sessions.
+def serve_sessions(request: CollectRequest) -> Served:
+    """Plan the sessions and serve them, side by side as far as there are GPUs.
 
-    Returns:
-        What the sessions came to; why others failed, by name; definitions that no session of this
-        model shows, and why.
+    One that fails says so in its own folder; the definitions that it was to show say it again.
     """
     plan, config = plan_sessions(request)
     log = get_run_logger()
     for name, reason in plan.not_collected.items():
         log.info("%s: nothing to collect: %s", name, reason)
-    futures = [
-        collect_session.submit(request.manifest, session, config, keep_dumps=request.keep_dumps)
-        for session in plan.sessions
+    with stopped_at_the_end():
+        futures = [
+            collect_session.submit(request.manifest, session, config, keep_dumps=request.keep_dumps)
+            for session in plan.sessions
+        ]
+        wait(futures)
+    outcomes = [
+        Outcome.model_validate(future.result()) for future in futures if future.state.is_completed()
     ]
-    wait(futures)
-    outcomes: list[Outcome] = []
-    failed: dict[str, str] = {}
-    for session, future in zip(plan.sessions, futures, strict=True):
-        if future.state.is_completed():
-            outcomes.append(Outcome.model_validate(future.result()))
-        else:
-            failed[session.id] = str(future.state.message)
-    return outcomes, failed, plan.not_collected
+    if outcomes:
+        show_sessions(manifest.load(request.manifest).model_slug, outcomes)
+    return Served(outcomes, plan.not_collected)
+
+
+def reason_of(state: State[Any]) -> str:
+    """Return why a task run failed, in its own words."""
+    error = state.result(raise_on_failure=False)
+    known = isinstance(error, OnboardError)
+    return str(error) if known else f"its run ended {state.name}: {state.message}"
 
 
 def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
@@ -119,26 +140,8 @@ def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
     return live.plan_collection(request, run, read_config(config), flags), config
 
 
-def report(slug: str, workspace: Path, names: list[str], outcomes: list[Outcome]) -> None:
-    """Show sessions and how real the rows look, as artifacts."""
+def show_sessions(slug: str, outcomes: list[Outcome]) -> None:
+    """Show what sessions came to, as an artifact."""
     key = "".join(c if c.isalnum() else "-" for c in slug.lower()).strip("-")
-    if outcomes:
-        table: list[dict[str, Any]] = [dict(row) for row in live.session_table(outcomes)]
-        create_table_artifact(key=f"sessions-{key}", table=table, description="Serving sessions")
-    options = settings.load_settings(workspace)
-    found = [
-        Realism.model_validate(
-            files.read_json_object(options.provenance(slug, name), "the provenance")["provenance"][
-                "realism"
-            ]
-        )
-        for name in names
-    ]
-    if found:
-        image = base64.b64encode(plot(found)).decode()
-        text = "\n\n".join(item.markdown() for item in found)
-        create_markdown_artifact(
-            key=f"realism-{key}",
-            markdown=f"![batch sizes and KV lengths](data:image/png;base64,{image})\n\n{text}",
-            description="How real the collected workloads look",
-        )
+    table: list[dict[str, Any]] = [dict(row) for row in live.session_table(outcomes)]
+    create_table_artifact(key=f"sessions-{key}", table=table, description="Serving sessions")

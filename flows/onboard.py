@@ -26,7 +26,7 @@ from tasks import manifest, settings
 from tasks.collect.request import CollectRequest
 from tasks.define.task import draft
 from tasks.discover.task import discover_kernels
-from tasks.errors import InputError
+from tasks.errors import InputError, OnboardError
 from tasks.repos.clone import PHASE0, in_hand
 from tasks.repos.task import update_repo
 from tasks.request import OnboardRequest, Step, remaining_steps
@@ -80,9 +80,7 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     get_run_logger().info("%d of %d kernels have work to do", len(todo), len(run.kernels))
     collecting = [name for name, steps in todo.items() if Step.COLLECT in steps]
     if collecting and serves_itself(request):
-        serve_sessions(
-            CollectRequest(manifest=path, definitions=tuple(collecting), config=request.config)
-        )
+        serve_for(path, collecting, request)
     undefined = [name for name, steps in todo.items() if Step.DEFINE in steps]
     if undefined:
         draft(path, undefined)
@@ -101,6 +99,15 @@ def serves_itself(request: OnboardRequest) -> bool:
     """Whether this host serves the model, as nobody recorded a run of it."""
     options = settings.load_settings(request.workspace).collect
     return options.serve and not (request.dumps or options.recorded_dumps)
+
+
+def serve_for(path: Path, names: list[str], request: OnboardRequest) -> None:
+    """Serve the model for these kernels; where that cannot begin, only they have nothing."""
+    try:
+        asked = CollectRequest(manifest=path, definitions=tuple(names), config=request.config)
+        serve_sessions(asked)
+    except OnboardError as error:
+        get_run_logger().error("the model cannot be served: %s", error)
 
 
 def account_for(path: Path, name: str, state: State[Any]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
+from rich.logging import RichHandler
 from rich.table import Table
 
 from tasks import manifest
@@ -24,6 +28,18 @@ _STYLE = {
     "existing": "dim",
     "collected": "cyan",
 }
+
+
+@contextmanager
+def log_lines(console: Console) -> Iterator[None]:
+    """Print what tasks log, a line each, while the block runs."""
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+    logger = logging.getLogger("prefect.task_runs")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class Progress:

@@ -198,6 +198,9 @@ def _described(busy: dict[str, Holder | None]) -> str:
 def _alone(directory: Path) -> Iterator[None]:
     """Try locks while nobody else does: a lock that is only tried never looks held."""
     try:
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            directory.chmod(0o777)  # other users of these GPUs lock here too
         with files.locked(directory):
             yield
     except OSError as error:
@@ -206,7 +209,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def _lock(directory: Path, gpu: str) -> FileLock:
     # Given back by the thread that ends the block, which need not be the one that began it.
-    return FileLock(directory / f"gpu-{gpu}.lock", thread_local=False)
+    return FileLock(directory / f"gpu-{gpu}.lock", mode=0o666, thread_local=False)
 
 
 def _note(directory: Path, gpu: str) -> Path:

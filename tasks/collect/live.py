@@ -115,6 +115,9 @@ def session_table(found: list[Outcome]) -> list[dict[str, str]]:
             "requests": f"{outcome.served.requests} ({outcome.served.failed} failed)",
             "tokens/s": f"{outcome.tokens_per_second:.0f}",
             "calls": str(sum(outcome.fired.values())),
+            "not dumped": str(sum(outcome.notices.values())),
+            "thinned": str(outcome.thinned),
+            "pauses": str(outcome.pauses),
             "most on disk": f"{outcome.peak_mb:.0f} MB",
             "seconds": f"{outcome.served.seconds:.0f}",
         }

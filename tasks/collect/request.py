@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.collect.plan import NodeGroup, Wish, read_arguments
-from tasks.collect.session import Lengths, Traffic
+from tasks.collect.session import Lengths, Traffic, may_be_secret
 from tasks.errors import InputError, first_problem
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
 
@@ -66,6 +66,12 @@ class CollectRequest(BaseModel):
     def _together(self) -> CollectRequest:
         if (self.isl is None) != (self.osl is None):
             raise ValueError("isl and osl: give both or none")
+        secret = next((name for name in self.server_env if may_be_secret(name)), None)
+        if secret is not None:
+            raise ValueError(
+                f"server_env: {secret} would be shown and stored; give the Hub's token as "
+                "ONBOARD_HF_TOKEN"
+            )
         if (self.dataset_kind == "sharegpt") != (self.dataset_path is not None):
             raise ValueError("dataset_path: is for, and needed by, dataset_kind sharegpt")
         return self

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -101,6 +102,8 @@ class Host:
     """The Hugging Face token, for gated weights; it reaches the server's environment only."""
     keep_dumps: bool = False
     """Whether what FlashInfer dumped is kept in the launch's folder; the disk is not bounded."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Ends the launch when somebody sets it."""
 
 
 def serve_session(

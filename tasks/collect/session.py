@@ -15,6 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 Mode = Literal["decode", "paged_prefill", "ragged_prefill"]
 
 
+_SECRETS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
+
+
+def may_be_secret(variable: str) -> bool:
+    """Whether an environment variable's name says that its value is nobody's business."""
+    return any(part in variable.upper() for part in _SECRETS)
+
+
 class Lengths(BaseModel):
     """Lengths of random requests, in tokens."""
 

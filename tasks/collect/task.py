@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
 
 from tasks import manifest, settings
 from tasks.collect.evaluate import Effort, evaluate, unavailable
@@ -12,6 +17,7 @@ from tasks.collect.lease import lease, visible_gpus
 from tasks.collect.live import served_calls
 from tasks.collect.phase import collect_calls
 from tasks.collect.place import Outcome, Say
+from tasks.collect.realism import Realism, plot
 from tasks.collect.sanitize import open_calls
 from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Session
@@ -22,6 +28,22 @@ from tasks.step import step
 
 _LAUNCHES = 8
 """More than the adjustments that a session goes through before it gives up."""
+
+
+_stopping = threading.Event()
+
+
+@contextmanager
+def stopped_at_the_end() -> Iterator[None]:
+    """Have the sessions that this process serves end with the block, however that ends.
+
+    They run in threads of their own, which an interrupt of the main one does not reach.
+    """
+    _stopping.clear()
+    try:
+        yield
+    finally:
+        _stopping.set()
 
 
 def _may_go_better(error: BaseException) -> bool:
@@ -53,7 +75,7 @@ def collect_session(
     log = get_run_logger()
     options = settings.load_settings(path.parent)
     slug = manifest.load(path).model_slug
-    host = Host(options.collect, options.hf_token, keep_dumps)
+    host = Host(options.collect, options.hf_token, keep_dumps, _stopping)
     return serve_session(session, read_config(config), options.sessions(slug), host, log.info)
 
 
@@ -93,6 +115,7 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     )
     for warning in collected.realism.warnings:
         log.warning("%s: %s", name, warning)
+    _show(name, collected.realism)
     outcome = _evaluated(dataset, entry, options.collect, provenance.parent / "failed", log.info)
     log.info("%s: baseline %s", name, outcome)
     manifest.update_kernel(
@@ -103,6 +126,17 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
         baseline_status=outcome,
     )
     return collected.rows
+
+
+def _show(name: str, found: Realism) -> None:
+    """Show how real a definition's rows look, as an artifact."""
+    image = base64.b64encode(plot([found])).decode()
+    create_markdown_artifact(
+        key=f"realism-{name.replace('_', '-')}",
+        markdown=f"![Batch sizes and KV lengths](data:image/png;base64,{image})\n\n"
+        f"{found.markdown()}",
+        description="How real the collected workloads look",
+    )
 
 
 def _evaluated(

@@ -34,7 +34,6 @@ from tasks.collect.plan import Wish, plan_sessions
 from tasks.collect.rows import find, form_of
 from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Lengths, Session, Traffic
-from tasks.collect.store import CallStore
 from tasks.collect.traffic import Limits, waves
 from tasks.discover.sglang_index import index_sglang
 from tasks.errors import CollectError, InputError
@@ -143,7 +142,7 @@ class Stage:
 
     @property
     def log(self) -> CallLog:
-        return CallStore(self.place.store).log()
+        return self.place.calls()
 
     def server_log(self, number: int = 1) -> str:
         return (self.place.logs(number) / "server.log").read_text()

@@ -24,6 +24,7 @@ from tasks.ops.base import DumpError
 
 SYMLINK = "a symbolic link"
 _MOST_HEADER = 16 << 20
+_MOST_BYTES = 1 << 28
 _FIRST = 4096
 """Bytes of a file read at once; the whole header of a dump, and often the tensor too."""
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -111,6 +112,8 @@ def _tensor(handle: int, size: int, key: str, shape: tuple[int, ...], dtype: str
         raise DumpError(f"its shape is {stored}, metadata {shape}")
     if kind.name != dtype:
         raise DumpError(f"its dtype is {kind.name}, metadata {dtype}")
+    if end - begin > _MOST_BYTES:
+        raise DumpError(f"larger than {_MOST_BYTES >> 20} MiB, as no tensor that a row stores is")
     data = np.empty(end - begin, dtype=np.uint8)
     if start + end <= len(first):
         data[:] = np.frombuffer(first, np.uint8, end - begin, start + begin)
