@@ -174,13 +174,17 @@ class Keeper:
         return heard
 
     def wait_leased(
-        self, timeout: float | None = None, on_wait: Callable[[str], None] | None = None
+        self,
+        timeout: float | None = None,
+        on_wait: Callable[[str], None] | None = None,
+        go_on: Callable[[], None] = lambda: None,
     ) -> tuple[str, ...]:
         """Wait until the server is started, and return the ids of its GPUs.
 
         Args:
             timeout: seconds to wait at most.
             on_wait: told who holds the GPUs, when that changes.
+            go_on: called while waiting; what it raises ends the wait.
 
         Raises:
             CollectError: the lease or the start failed, or the time is over.
@@ -189,6 +193,7 @@ class Keeper:
         leased: tuple[str, ...] = ()
         seen = 0
         while True:
+            go_on()
             alive = self.alive  # before the events, so that the last of them are seen
             self.poll()
             for event in self.events[seen:]:

@@ -21,6 +21,9 @@ Say = Callable[[str], None]
 """Told the operator's lines: few, for each costs the Prefect server some work."""
 
 
+_LOCK_SECONDS = 1.0
+
+
 class Attempt(BaseModel):
     """One launch of a session."""
 
@@ -84,15 +87,24 @@ class Place:
         return cls(sessions / f"{files.safe_name(session.id, 'session id')}-{digest}")
 
     @contextmanager
-    def alone(self, say: Say) -> Iterator[None]:
-        """Keep other processes out of the session while the block runs."""
+    def alone(self, say: Say, go_on: Callable[[], None]) -> Iterator[None]:
+        """Keep other processes out of the session while the block runs.
+
+        Args:
+            say: told if that means waiting.
+            go_on: called while waiting; what it raises ends the wait.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            say(f"{self.root.name}: another run serves it, waiting")
-            lock.acquire()
+        waits = False
+        while not lock.is_locked:
+            go_on()
+            try:
+                lock.acquire(timeout=_LOCK_SECONDS)
+            except Timeout:
+                if not waits:
+                    say(f"{self.root.name}: another run serves it, waiting")
+                waits = True
         try:
             yield
         finally:
@@ -133,6 +145,15 @@ class Place:
         outcome = self.outcome()
         way = outcome.session.prefill if outcome else ""
         return CallLog([replace(call, prefill=way) for call in log.calls], log.unreadable)
+
+    def set_aside(self, attempt: int) -> None:
+        """Move what a launch collected into its folder: it is not what was asked for.
+
+        The next launch begins anew, with all of the traffic.
+        """
+        for path in (*self.root.glob(f"{self.store.name}*"), self.served):
+            if path.exists():
+                path.rename(self.logs(attempt) / path.name)
 
     def logs(self, attempt: int) -> Path:
         """Return the folder of a launch's logs."""

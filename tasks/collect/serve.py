@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 import httpx
+import psutil
 from pydantic import SecretStr
 
 from tasks import files
@@ -33,7 +34,7 @@ from tasks.collect.keeper import Keeper, free_port
 from tasks.collect.lease import visible_gpus
 from tasks.collect.logs import LogFollower, Milestones, tail
 from tasks.collect.place import Attempt, Outcome, Place, Say
-from tasks.collect.session import Served, Session, Traffic
+from tasks.collect.session import Served, Session, Traffic, may_be_secret
 from tasks.collect.store import CallStore
 from tasks.collect.traffic import HttpClient, Limits, drive, waves
 from tasks.errors import CollectError
@@ -45,6 +46,10 @@ _TEND_SECONDS = 0.25
 _HEALTH_SECONDS = 2.0
 _GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL: nothing that a server does at its end is wanted."""
+_LAST_SECONDS = 60.0
+"""For a server whose worker was killed to be ended by its keeper."""
+_KEEPER = "keeper.json"
+"""File in a launch's folder: which process guards its server."""
 _GO = "go"
 """File in a launch's folder: the server is up, what it dumps from now on was served."""
 _LOG_LINES = 300
@@ -80,7 +85,7 @@ _PREFIXES_PASSED_ON = (
     "TRITON_",
     "XDG_",
 )
-_NOT_PASSED_ON = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "FLASHINFER_DUMP", "FLASHINFER_LOG")
+_NOT_PASSED_ON = ("FLASHINFER_DUMP", "FLASHINFER_LOG")
 
 
 class SessionError(CollectError):
@@ -105,6 +110,15 @@ class Host:
     stopping: threading.Event = field(default_factory=threading.Event)
     """Ends the launch when somebody sets it."""
 
+    def go_on(self) -> None:
+        """Check that nobody wants it to end.
+
+        Raises:
+            CollectError: somebody does.
+        """
+        if self.stopping.is_set():
+            raise CollectError("stopped before the session was complete; run it again to go on")
+
 
 def serve_session(
     session: Session, model: ModelConfig, sessions: Path, host: Host, say: Say
@@ -124,7 +138,7 @@ def serve_session(
         InputError: the traffic's file or the model's vocabulary is none to make requests of.
     """
     place, options = Place.of(sessions, session), host.options
-    with place.alone(say):
+    with place.alone(say, host.go_on):
         complete = place.outcome()
         if complete is not None:
             say(f"{session.id}: complete already, {sum(complete.fired.values())} calls")
@@ -156,8 +170,10 @@ def serve_session(
             outcome = launch.run()
         except _LaunchError as error:
             attempt.failure = error.failure
-            place.record(session, [*attempts, attempt])
             made = [*attempts, attempt]
+            place.record(session, made)
+            if error.failure.kind is Kind.WRONG_KERNELS:
+                place.set_aside(len(made))
             raise _session_error(place, session, made, error.failure, options) from error
         place.finish(outcome)
         return outcome
@@ -217,13 +233,35 @@ def _dump_folder(place: Place, number: int, options: CollectSettings) -> Path:
 
 
 def _take_over(place: Place, number: int, left: Attempt, host: Host) -> None:
-    """Keep what a launch that was killed had served and not drained."""
+    """Keep what a launch that was killed had served and not drained, once its server is gone.
+
+    Raises:
+        CollectError: the server does not end.
+    """
     if not left.dumps.is_dir():
         return
+    _wait_gone(place.logs(number) / _KEEPER)
     if (place.logs(number) / _GO).exists():
         with CallStore(place.store) as store:
             _drain(place, store, number, left.dumps, host).finish()
     shutil.rmtree(left.dumps)
+
+
+def _wait_gone(file: Path) -> None:
+    """Wait for the keeper of an earlier launch, which ends its server when its worker dies."""
+    if not file.exists():
+        return
+    known = files.read_json_object(file, "the keeper's note")
+    try:
+        keeper = psutil.Process(known["pid"])
+        if keeper.create_time() == known["started"]:
+            keeper.wait(_LAST_SECONDS)
+    except psutil.NoSuchProcess:
+        return
+    except psutil.TimeoutExpired as error:
+        raise CollectError(
+            f"{file.parent}: the server of that launch still ends (keeper {known['pid']})"
+        ) from error
 
 
 def _drain(place: Place, store: CallStore, number: int, dumps: Path, host: Host) -> Drain:
@@ -326,8 +364,10 @@ class _Launch:
             grace=_GRACE,
         ) as keeper:
             self.keeper = keeper
+            note = {"pid": keeper.pid, "started": psutil.Process(keeper.pid).create_time()}
+            files.write_json(self.logs / _KEEPER, note)
             self.follower, self.milestones = LogFollower(self.log), Milestones()
-            gpus = keeper.wait_leased(self.options.lease_seconds, self.say)
+            gpus = keeper.wait_leased(self.options.lease_seconds, self.say, self.host.go_on)
             self.say(f"{self.session.id}: launch {self.number} on GPU {', '.join(gpus)}")
             self._wait_ready(None if offline else port)
             self.drain.discard()  # the start-up's calls served nobody
@@ -389,14 +429,17 @@ class _Launch:
 
     def _wait_ready(self, port: int | None) -> None:
         deadline = time.monotonic() + self.options.start_seconds
-        self._tend_until(
-            lambda: self._ready(port) or not self.keeper.alive or time.monotonic() > deadline,
-            draining=False,
-        )
-        if not self.keeper.alive:
-            raise self._failed()
-        if not self._ready(port):
-            raise self._failed(f"not ready after {self.options.start_seconds:.0f} s")
+        ready = False
+
+        def settled() -> bool:
+            nonlocal ready
+            ready = self._ready(port)
+            return ready or not self.keeper.alive or time.monotonic() > deadline
+
+        self._tend_until(settled, draining=False)
+        if not ready:
+            late = f"not ready after {self.options.start_seconds:.0f} s"
+            raise self._failed(late if self.keeper.alive else "")
 
     def _ready(self, port: int | None) -> bool:
         if port is None:
@@ -416,13 +459,12 @@ class _Launch:
         """
         seen, since = -1, time.monotonic()
         while not done():
+            self.host.go_on()
             for line in self.milestones.pick(self.follower.lines()):
                 self.say(f"{self.session.id}: {line}")
             if draining:
-                if self._catch_up():
-                    since = time.monotonic()
                 requests = read_served(self.place.served).requests
-                if requests != seen:
+                if self._catch_up() or requests != seen:
                     seen, since = requests, time.monotonic()
                 if time.monotonic() - since > self.options.stall_seconds:
                     waited = f"no answer for {self.options.stall_seconds:.0f} s"
@@ -430,7 +472,7 @@ class _Launch:
             time.sleep(_TEND_SECONDS)
 
     def _catch_up(self) -> bool:
-        """Drain what lies on disk; return whether the server had to wait for that."""
+        """Drain what lies on disk, the server waiting if that is much; return if anything did."""
         backlog = self.drain.backlog()
         self.tally.peak = max(self.tally.peak, backlog)
         full = backlog > self.options.disk_bytes // 4
@@ -438,12 +480,13 @@ class _Launch:
             self.keeper.pause()
             self.tally.pauses += 1
         try:
-            self.tally.drained += max(0, backlog - self.drain.step().backlog)
+            drained = self.drain.step()
+            self.tally.drained += max(0, backlog - drained.backlog)
             self._keep_small()
         finally:
             if full:
                 self.keeper.resume()
-        return full
+        return drained.calls > 0
 
     def _keep_small(self) -> None:
         """Keep what is not dumps within its part of the disk too."""
@@ -517,6 +560,11 @@ class _Launch:
             **({"HF_TOKEN": self.host.token.get_secret_value()} if self.host.token else {}),
         }
 
+    def _as_served(self) -> Session:
+        """Return the session as the last launch served it, adjusted to what there was room for."""
+        tp, words = self.attempt.adjustment.tp, self._arguments()[2:]
+        return self.session.model_copy(update={"tp": tp, "flags": words, "traffic": self.traffic})
+
     # The gate
 
     def _checked(self, store: CallStore, gpus: tuple[str, ...]) -> Outcome:
@@ -526,7 +574,7 @@ class _Launch:
         if report.failure:
             raise _LaunchError(report.failure)
         return Outcome(
-            session=self.session,
+            session=self._as_served(),
             launches=self.number,
             gpus=gpus,
             served=read_served(self.place.served),
@@ -554,5 +602,6 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
         name: value
         for name, value in environment.items()
         if (name in _PASSED_ON or name.startswith(_PREFIXES_PASSED_ON))
-        and not any(part in name.upper() for part in _NOT_PASSED_ON)
+        and not name.startswith(_NOT_PASSED_ON)
+        and not may_be_secret(name)
     }
