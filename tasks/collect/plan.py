@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,13 +28,17 @@ from tasks import ops
 from tasks.collect.session import Lengths, Mode, Session, Traffic
 from tasks.errors import CollectError, InputError
 from tasks.model import ModelConfig
+from tasks.model.weights import weight_bytes
 from tasks.ops.base import FlashInferApi, KernelSpec
 
 _BASE = ("--attention-backend flashinfer", "--sampling-backend flashinfer")
+_OVERRIDE = "--json-model-override-args"
 _PAGED = {"SGLANG_FLASHINFER_USE_PAGED": "1"}
 """SGLang then prefills with the paged wrapper (`environ.py`, 0.5.9 to 0.5.23)."""
 _SHORT_PROMPT, _SHORT_ANSWER = 1024, 16
 """Tokens of a prompt and an answer where whole calls are recorded: their rows count tokens only."""
+_SIZES = (1, 2, 4, 8)
+"""Tensor-parallel sizes, where a kernel is the same at all of them."""
 _STEP_SECONDS = 0.03
 """A decode step of a large model on one GPU, in eager mode with plans recorded; an estimate."""
 _PREFILL_TOKENS_PER_SECOND = 20_000
@@ -42,9 +47,11 @@ _OURS = frozenset(
     {"--model-path", "--model", "--host", "--port", "--attention-backend", "--page-size"}
     | {"--tp-size", "--tp", "--tensor-parallel-size", "--ep-size", "--ep"}
     | {"--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"}
-    | {"--nnodes", "--node-rank", "--dist-init-addr"}
+    | {"--nnodes", "--node-rank", "--dist-init-addr", "--dp-size", "--dp", "--pp-size", "--pp"}
 )
 """Arguments that a session decides, in all their spellings."""
+_BYTES_PER_SECOND = 1e9
+"""Written by a server and drained, seen on an H200's host with dumps in memory."""
 _PLAN_BYTES = 8_000
 """Two lines of metadata and the offsets of a plan."""
 
@@ -60,17 +67,9 @@ class NodeGroup:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The server's arguments.
-
-        Raises:
-            CollectError: the rank is none of the nodes', or several nodes have no address.
-        """
+        """The server's arguments."""
         if self.nodes == 1:
             return ()
-        if not 0 <= self.rank < self.nodes:
-            raise CollectError(f"node_rank: {self.rank} is not one of {self.nodes} nodes")
-        if not self.address:
-            raise CollectError(f"dist_init_addr: missing; {self.nodes} nodes need it")
         nodes, rank = str(self.nodes), str(self.rank)
         return ("--nnodes", nodes, "--node-rank", rank, "--dist-init-addr", self.address)
 
@@ -127,13 +126,15 @@ class _Launch:
     prefill: str
     whole: bool
     """Whether whole calls are recorded."""
+    gpu: str
+    """Architecture of the only GPUs that it starts on."""
     options: Mapping[str, str]
     kernels: tuple[tuple[KernelSpec, FlashInferApi], ...] = ()
 
     def joined(self, other: _Launch) -> _Launch | None:
         """Return a launch that shows both, if one can."""
         tp, ep = _common(self.tp, other.tp), _common(self.ep, other.ep)
-        if tp is None or ep is None or self.whole != other.whole:
+        if tp is None or ep is None or (self.whole, self.gpu) != (other.whole, other.gpu):
             return None
         if None not in (self.page_size, other.page_size) and self.page_size != other.page_size:
             return None
@@ -184,13 +185,18 @@ def _alone(spec: KernelSpec, api: FlashInferApi) -> _Launch:
         page_size=int(asked) if asked else spec.axes.get("page_size"),
         prefill=api.prefill,
         whole=not all(name.endswith(".plan") for name in api.recorded),
+        gpu=api.gpu,
         options=options,
         kernels=((spec, api),),
     )
 
 
 def plan_sessions(
-    specs: Iterable[KernelSpec], model: ModelConfig, wish: Wish, flags: Collection[str]
+    specs: Iterable[KernelSpec],
+    model: ModelConfig,
+    wish: Wish,
+    flags: Collection[str],
+    gpu_memory_gb: float = math.inf,
 ) -> Plan:
     """Group definitions into sessions.
 
@@ -199,22 +205,24 @@ def plan_sessions(
         model: the model's config.
         wish: what is asked for besides.
         flags: the server flags that the SGLang that will run has, by spelling.
+        gpu_memory_gb: memory of one GPU; where a launch may choose, it takes enough of them.
 
     Raises:
         CollectError: SGLang lacks a flag that a session needs.
+        InputError: it lacks one that was asked for.
     """
+    _check_asked(wish, flags)
     launches: list[_Launch] = []
     not_collected = {}
     alone = []
     for spec in specs:
         provider = ops.op_module(spec.op_type).provider(spec)
-        if not isinstance(provider, FlashInferApi):
-            not_collected[spec.name] = provider.reason
-        elif not _has_weights_for(provider, model):
-            not_collected[spec.name] = (
-                f"runs on {provider.quantization} weights, and those of {model.source} are "
-                f"{model.quantization.width if model.quantization else 'of 16 bits'}"
-            )
+        if isinstance(provider, FlashInferApi):
+            reason = _why_not(provider, model, flags)
+        else:
+            reason = provider.reason
+        if reason or not isinstance(provider, FlashInferApi):
+            not_collected[spec.name] = reason
         else:
             alone.append(_alone(spec, provider))
     for launch in sorted(alone, key=lambda launch: launch.demands):
@@ -225,13 +233,22 @@ def plan_sessions(
                 break
         else:
             launches.append(launch)
-    sessions = [_session(launch, model, wish, flags) for launch in launches]
+    sessions = [_session(launch, model, wish, flags, gpu_memory_gb) for launch in launches]
     return Plan(sessions=_named(sessions), not_collected=not_collected)
 
 
-def _has_weights_for(api: FlashInferApi, model: ModelConfig) -> bool:
+def _why_not(api: FlashInferApi, model: ModelConfig, flags: Collection[str]) -> str:
+    """Say why no session of this model and this SGLang can show a call; empty if one can."""
     width = model.quantization.width if model.quantization else None
-    return api.quantization in ("", width)
+    if api.quantization not in ("", width):
+        return (
+            f"runs on {api.quantization} weights, and those of {model.source} are "
+            f"{width or 'of 16 bits'}"
+        )
+    missing = [text for text in api.server_flags if text.partition(" ")[0] not in flags]
+    if missing:
+        return f"SGLang needs {missing[0]} for it, and the one that is to run has no such flag"
+    return ""
 
 
 def _named(sessions: Sequence[Session]) -> list[Session]:
@@ -245,26 +262,31 @@ def _named(sessions: Sequence[Session]) -> list[Session]:
     return named
 
 
-def _session(launch: _Launch, model: ModelConfig, wish: Wish, flags: Collection[str]) -> Session:
+def _session(
+    launch: _Launch, model: ModelConfig, wish: Wish, flags: Collection[str], gpu_memory_gb: float
+) -> Session:
     modes: dict[str, Mode] = {"paged": "paged_prefill", "ragged": "ragged_prefill"}
     mode: Mode = modes.get(launch.prefill, "decode")
     ep, page_size = min(launch.ep or {1}), launch.page_size or 1
-    # Experts are spread over the tensor-parallel ranks.
-    tp = min((size for size in launch.tp if size % ep == 0), default=ep)
     record = {name for _, api in launch.kernels for name in api.recorded}
     if wish.record_runs:
         record |= {name for _, api in launch.kernels for name in api.dumps}
-    traffic, options = wish.traffic, dict(launch.options)
+    traffic, options, layers = wish.traffic, dict(launch.options), None
     if launch.whole:
         traffic = _brief(traffic)
-        layers = None if wish.all_layers else few_layers(model)
+        own = _OVERRIDE in wish.flags
+        layers = None if wish.all_layers or own else few_layers(model)
         if layers is not None:
-            options["--json-model-override-args"] = json.dumps({"num_hidden_layers": layers})
+            options[_OVERRIDE] = json.dumps({"num_hidden_layers": layers})
     if mode == "paged_prefill":
         # A cached prefix is what makes a paged prefill more than a ragged one.
         traffic = traffic.model_copy(update={"shared_prefix": traffic.shared_prefix or 0.5})
     else:
         options["--disable-radix-cache"] = ""
+    # Experts are spread over the tensor-parallel ranks.
+    sizes = sorted(size for size in launch.tp or _SIZES if size % ep == 0) or [ep]
+    needed = weight_bytes(model) / 1e9 * (layers or model.num_layers) / model.num_layers
+    tp = next((size for size in sizes if size * gpu_memory_gb > needed), sizes[-1])
     options |= {"--tp-size": str(tp), "--page-size": str(page_size)}
     if ep > 1:
         options["--ep-size"] = str(ep)
@@ -286,7 +308,7 @@ def _session(launch: _Launch, model: ModelConfig, wish: Wish, flags: Collection[
         record=tuple(sorted(record)),
         expects={spec.name: api.recorded for spec, api in launch.kernels},
         traffic=traffic,
-        tp_choices=tuple(sorted(launch.tp)) or (1, 2, 4, 8),
+        tp_choices=tuple(sizes),
     )
 
 
@@ -334,11 +356,23 @@ def eager_options(flags: Collection[str]) -> dict[str, str]:
 
 
 def _check_flags(arguments: Sequence[str], flags: Collection[str]) -> None:
-    unknown = [
-        word for word in arguments if word.startswith("--") and word.partition("=")[0] not in flags
-    ]
+    unknown = _unknown(arguments, flags)
     if unknown:
         raise CollectError(f"{', '.join(unknown)}: the SGLang that is to run has no such flag")
+
+
+def _check_asked(wish: Wish, flags: Collection[str]) -> None:
+    """Check that SGLang has the flags that were asked for besides."""
+    unknown = _unknown(wish.flags, flags)
+    if unknown:
+        raise InputError(
+            f"--server-flag: {', '.join(unknown)}: the SGLang that is to run has no such flag"
+        )
+
+
+def _unknown(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    named = (word.partition("=")[0] for word in arguments if word.startswith("--"))
+    return [name for name in named if name not in flags]
 
 
 def estimate(session: Session, model: ModelConfig) -> Estimate:
@@ -369,6 +403,7 @@ def estimate(session: Session, model: ModelConfig) -> Estimate:
             written += 3 * 2 * model.hidden_size * tokens * 2 * layers
         calls[name] = math.ceil(each)
     seconds = _START_SECONDS + steps * _STEP_SECONDS + tokens / _PREFILL_TOKENS_PER_SECOND
+    seconds += written / _BYTES_PER_SECOND
     return Estimate(calls=calls, seconds=round(seconds), recorded_mb=round(written / 1e6, 1))
 
 
@@ -385,8 +420,9 @@ def read_arguments(texts: Iterable[str]) -> tuple[str, ...]:
     taken = sorted({word.partition("=")[0] for word in words} & _OURS)
     if taken:
         raise InputError(f"--server-flag: {', '.join(taken)} is decided by the session")
-    if words and not words[0].startswith("--"):
-        raise InputError(f"--server-flag: {words[0]!r} is no flag")
+    short = [word for word in words if re.match(r"-[A-Za-z]", word)]
+    if short or (words and not words[0].startswith("--")):
+        raise InputError(f"--server-flag: {(short or words)[0]!r} is no flag")
     return words
 
 

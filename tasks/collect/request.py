@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ class CollectRequest(BaseModel):
     def _together(self) -> CollectRequest:
         if (self.isl is None) != (self.osl is None):
             raise ValueError("isl and osl: give both or none")
+        self._check_nodes()
         secret = next((name for name in self.server_env if may_be_secret(name)), None)
         if secret is not None:
             raise ValueError(
@@ -75,6 +77,17 @@ class CollectRequest(BaseModel):
         if (self.dataset_kind == "sharegpt") != (self.dataset_path is not None):
             raise ValueError("dataset_path: is for, and needed by, dataset_kind sharegpt")
         return self
+
+    def _check_nodes(self) -> None:
+        address = self.dist_init_addr
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(f"node_rank: {self.node_rank} is not one of {self.nnodes} nodes")
+        if self.nnodes > 1 and not address:
+            raise ValueError(f"dist_init_addr: missing; {self.nnodes} nodes need it")
+        if self.nnodes == 1 and address:
+            raise ValueError("dist_init_addr: is for several nodes (nnodes)")
+        if address and not re.fullmatch(r"[A-Za-z0-9\[][\w.:\[\]-]*:\d{1,5}", address):
+            raise ValueError(f"dist_init_addr: {address!r} is not host:port")
 
     @property
     def traffic(self) -> Traffic:

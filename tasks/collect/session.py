@@ -7,6 +7,7 @@ process after a crash.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 Mode = Literal["decode", "paged_prefill", "ragged_prefill"]
 
 
-_SECRETS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
+_SECRET = re.compile(
+    r"SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL|PRIVATE|(?:^|_)(?:TOKEN|AUTH|KEY)(?:_|$)"
+)
 
 
 def may_be_secret(variable: str) -> bool:
     """Whether an environment variable's name says that its value is nobody's business."""
-    return any(part in variable.upper() for part in _SECRETS)
+    return _SECRET.search(variable.upper()) is not None
 
 
 class Lengths(BaseModel):

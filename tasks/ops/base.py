@@ -113,6 +113,9 @@ class FlashInferApi:
     quantization: str = ""
     """Width of the weights it takes (`fp8`, `fp4`); empty where that is not what decides."""
 
+    gpu: str = ""
+    """Architecture of the only GPUs that it runs on (`SM100`); empty where most will do."""
+
     @property
     def recorded(self) -> tuple[str, ...]:
         """What of `dumps` a serving session records: plans, where there are any.

@@ -286,6 +286,7 @@ class DsaPaged(OpModule):
     apis = (
         FlashInferApi(
             path="flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla",
+            gpu="SM100",
             dumps=(_DUMPED,),
             reads=("block_tables", "seq_lens"),
             # The default on Blackwell with an FP8 cache; the definition's cache is bfloat16

@@ -668,6 +668,7 @@ _APIS = {
         path=f"flashinfer.fused_moe.{kernel.api}",
         dumps=(kernel.api,),
         server_flags=("--moe-runner-backend flashinfer_trtllm",),
+        gpu="SM100",
         sglang_layer=kernel.sglang_layer,
         reads=("topk_ids",)
         if variant == "fp4_block_scale_routed"
