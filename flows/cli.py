@@ -250,9 +250,14 @@ def collect(
     from tasks.collect.request import parse_request
 
     names = [name.strip() for item in definitions or () for name in item.split(",")]
+    chosen = tuple(name for name in names if name)
+    if definitions and not chosen:
+        raise InputError("--definitions: names no definition")
+    if model_path is not None and Path(model_path).is_dir():
+        model_path = str(Path(model_path).absolute())
     request = parse_request(
         manifest=manifest.absolute(),
-        definitions=tuple(name for name in names if name),
+        definitions=chosen,
         batch_sizes=integers(batch_sizes, "--batch-sizes"),
         dataset_kind=dataset_kind,
         dataset_path=dataset_path.absolute() if dataset_path else None,
@@ -320,6 +325,9 @@ def _plan_only(request: CollectRequest, as_json: bool) -> int:
             typer.echo(f"  {name}")
     for name, reason in plan.not_collected.items():
         typer.echo(f"not collected: {name}: {reason}")
+    if not plan.sessions and not plan.not_collected:
+        typer.echo("nothing to collect: name definitions that have workloads with --definitions")
+        return 0
     typer.echo(
         f"{len(plan.sessions)} launches; one per definition and batch size would be {one_by_one}"
     )

@@ -27,6 +27,7 @@ from tasks.discover.hub import fetch_config
 from tasks.discover.sources import SglangIndex, cached, index_sglang, revision
 from tasks.errors import InputError, OnboardError
 from tasks.model import read_config
+from tasks.request import REPOSITORY
 
 
 class Collection(BaseModel):
@@ -129,6 +130,10 @@ def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
     served = request.wish(run).model
     config = request.config or Path(served) / "config.json"
     if not config.is_file():
+        if request.model_path is not None and not REPOSITORY.fullmatch(served):
+            raise InputError(
+                f"--model-path: {served} is neither a folder with config.json nor a repository"
+            )
         config = fetch_config(served, options, cache / "hub")
     tree = live.installed_sglang(options.collect.python) or options.clone("sglang")
     if not tree.is_dir():
@@ -137,7 +142,10 @@ def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
         )
     name = revision(tree, "sglang", "sglang_kernel")
     flags = cached(cache / "sources", SglangIndex, name, lambda: index_sglang(tree)).flags
-    return live.plan_collection(request, run, read_config(config), flags), config
+    if not flags:
+        raise InputError(f"{tree}: no server flag of SGLang can be read there")
+    model = read_config(config)
+    return live.plan_collection(request, run, model, flags, options.gpu_memory_gb), config
 
 
 def show_sessions(slug: str, outcomes: list[Outcome]) -> None:

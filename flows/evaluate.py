@@ -62,6 +62,8 @@ def evaluate(
     from tasks.collect import evaluate as evaluation
 
     names = [name.strip() for item in definitions or () for name in item.split(",") if name.strip()]
+    if definitions and not names:
+        raise InputError("--definitions: names no definition")
     places = _chosen(dataset, names)
     why = evaluation.unavailable()
     if why:

@@ -196,7 +196,9 @@ class Sanitized:
     derived: list[dict[str, Any]] = field(default_factory=list)
 
     def exit_code(self, names: Sequence[str]) -> int:
-        """Return 0 if there are rows, of every definition that was named or derived; else 1."""
+        """Return 0 if there are rows, of all that were named or derived, and no error; else 1."""
+        if any(outcome.error for outcome in self.outcomes):
+            return 1
         kept = {o.name for o in self.outcomes if o.kept}
         derived = (item for item in self.derived if item["state"] != "no rows")
         wanted = [*names, *(item["definition_name"] for item in derived)]

@@ -14,7 +14,7 @@ from tasks.files import safe_name
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
 from tasks.settings import load_settings
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 ALL_PHASES = (0, 1, 2, 3, 4)
 
 
@@ -55,7 +55,7 @@ class OnboardRequest(BaseModel):
     @field_validator("hf_repo_id")
     @classmethod
     def _repository(cls, value: str | None) -> str | None:
-        if value is not None and not _REPOSITORY.fullmatch(value):
+        if value is not None and not REPOSITORY.fullmatch(value):
             raise ValueError(f"{value!r} is not a Hugging Face repository id (owner/name)")
         return value
 

@@ -12,6 +12,7 @@ from tasks.collect.place import Outcome, failures, outcomes
 from tasks.collect.plan import Plan, plan_sessions
 from tasks.collect.request import CollectRequest
 from tasks.collect.session import Session
+from tasks.collect.traffic import limits_of, read_sharegpt
 from tasks.errors import CollectError, InputError
 from tasks.manifest import RunManifest
 from tasks.model import ModelConfig
@@ -26,7 +27,11 @@ print(next(iter(spec.submodule_search_locations)) if spec else "")
 
 
 def plan_collection(
-    request: CollectRequest, run: RunManifest, model: ModelConfig, flags: Collection[str]
+    request: CollectRequest,
+    run: RunManifest,
+    model: ModelConfig,
+    flags: Collection[str],
+    gpu_memory_gb: float,
 ) -> Plan:
     """Plan the sessions that a request needs.
 
@@ -35,13 +40,29 @@ def plan_collection(
         run: its manifest.
         model: the model's config.
         flags: the server flags of the SGLang that will run.
+        gpu_memory_gb: memory of one GPU.
 
     Raises:
-        InputError: a definition is not the manifest's, or it is not known what to serve.
+        InputError: a definition is not the manifest's, it is not known what to serve, the file of
+            prompts cannot be read, or the model's context has no room for any request.
         CollectError: SGLang lacks a flag that a session needs.
     """
+    if request.dataset_path is not None:
+        read_sharegpt(request.dataset_path)  # before anything is started for it
     specs = [KernelSpec.model_validate(entry.spec) for entry in request.chosen(run)]
-    return plan_sessions(specs, model, request.wish(run), flags)
+    _check_lengths(request, model)
+    return plan_sessions(specs, model, request.wish(run), flags, gpu_memory_gb)
+
+
+def _check_lengths(request: CollectRequest, model: ModelConfig) -> None:
+    limits = limits_of(model)
+    asked = request.traffic.lengths if request.dataset_kind == "random" else ()
+    if asked and not any(limits.fit(length.isl, length.osl) for length in asked):
+        shown = ", ".join(f"{length.isl} + {length.osl}" for length in asked)
+        raise InputError(
+            f"--isl, --osl: {shown} tokens do not fit the model's context "
+            f"({limits.context_length}, some of it SGLang's own)"
+        )
 
 
 def installed_sglang(python: Path | None) -> Path | None:

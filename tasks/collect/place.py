@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import files
 from tasks.collect.dumps import CallLog
 from tasks.collect.failures import Adjustment, Failure
 from tasks.collect.session import Served, Session
 from tasks.collect.store import CallStore
+from tasks.errors import CollectError, first_problem
 
 Say = Callable[[str], None]
 """Told the operator's lines: few, for each costs the Prefect server some work."""
@@ -111,10 +112,20 @@ class Place:
             lock.release()
 
     def outcome(self) -> Outcome | None:
-        """Return how the session ended, if it is complete."""
+        """Return how the session ended, if it is complete.
+
+        Raises:
+            CollectError: its file is damaged.
+        """
         if not self._outcome.exists():
             return None
-        return Outcome.model_validate_json(self._outcome.read_bytes())
+        try:
+            return Outcome.model_validate_json(self._outcome.read_bytes())
+        except ValidationError as error:
+            field, reason = first_problem(error)
+            raise CollectError(
+                f"{self._outcome}: field {field}: {reason} (remove it to serve the session again)"
+            ) from error
 
     def finish(self, outcome: Outcome) -> None:
         """Record that the session is complete."""

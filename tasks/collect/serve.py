@@ -36,7 +36,7 @@ from tasks.collect.logs import LogFollower, Milestones, tail
 from tasks.collect.place import Attempt, Outcome, Place, Say
 from tasks.collect.session import Served, Session, Traffic, may_be_secret
 from tasks.collect.store import CallStore
-from tasks.collect.traffic import HttpClient, Limits, drive, waves
+from tasks.collect.traffic import HttpClient, Limits, drive, limits_of, waves
 from tasks.errors import CollectError
 from tasks.model import ModelConfig
 from tasks.settings import CollectSettings
@@ -59,14 +59,22 @@ _CAPPED_POOL = 16_384
 _UNLIMITED_DUMPS = {"FLASHINFER_DUMP_MAX_COUNT": str(10**9), "FLASHINFER_DUMP_MAX_SIZE_GB": "1e9"}
 """FlashInfer counts all it ever wrote; what bounds the disk is the consumer."""
 _PASSED_ON = (
+    "ALL_PROXY",
     "CPATH",
+    "CURL_CA_BUNDLE",
     "HOME",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
     "LANG",
     "LC_ALL",
     "LIBRARY_PATH",
     "MAX_JOBS",
+    "NO_PROXY",
     "PATH",
     "PYTHONPATH",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
     "TMPDIR",
     "TOKENIZERS_PARALLELISM",
     "TRANSFORMERS_OFFLINE",
@@ -420,12 +428,7 @@ class _Launch:
         files.write_text(self.place.served, served.model_dump_json())
 
     def _limits(self) -> Limits:
-        length = self.model.fields.size("max_position_embeddings", "max_sequence_length")
-        pool = self.attempt.adjustment.max_total_tokens
-        known = [n for n in (length, pool) if n is not None]
-        return Limits(
-            vocab_size=self.model.vocab_size, context_length=min(known) if known else None
-        )
+        return limits_of(self.model, self.attempt.adjustment.max_total_tokens)
 
     def _wait_ready(self, port: int | None) -> None:
         deadline = time.monotonic() + self.options.start_seconds
@@ -601,7 +604,7 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if (name in _PASSED_ON or name.startswith(_PREFIXES_PASSED_ON))
+        if (name.upper() in _PASSED_ON or name.startswith(_PREFIXES_PASSED_ON))
         and not name.startswith(_NOT_PASSED_ON)
         and not may_be_secret(name)
     }

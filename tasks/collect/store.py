@@ -14,7 +14,7 @@ import math
 import sqlite3
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +97,10 @@ class StoredTensor:
         data = self.store.data(self.content) if self.content else None
         if data is None:
             raise DumpError(self.lost or _FULL)
-        return np.frombuffer(bytearray(data), dtype=_dtype(self.dtype)).reshape(self.shape)
+        try:
+            return np.frombuffer(bytearray(data), dtype=_dtype(self.dtype)).reshape(self.shape)
+        except (ValueError, TypeError) as error:
+            raise DumpError("a stored tensor is damaged") from error
 
 
 @dataclass
@@ -260,12 +263,18 @@ class CallStore:
         both = " UNION ALL ".join(query.format(table) for table in ("calls", "unreadable"))
         return bool(self._all(both, identity))
 
-    def calls(self, names: Collection[str] | None = None) -> list[DumpedCall]:
+    def calls(self) -> list[DumpedCall]:
         """Return the calls in the order in which they were made; their tensors load lazily.
 
-        Args:
-            names: dumped names to return the calls of; all of them without it.
+        Raises:
+            CollectError: what is stored is damaged.
         """
+        try:
+            return sorted(self._calls(), key=_order)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CollectError(f"{self._path}: the store of calls is damaged ({error})") from error
+
+    def _calls(self) -> list[DumpedCall]:
         with self._transaction("DEFERRED"):
             arguments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
             shapes = _Parsed()
@@ -277,7 +286,7 @@ class CallStore:
                 )
             rows = self._db.execute("SELECT * FROM calls").fetchall()
         texts = _Parsed()
-        found = [
+        return [
             DumpedCall(
                 id=identity,
                 name=name,
@@ -289,9 +298,7 @@ class CallStore:
                 captured=bool(captured),
             )
             for number, identity, name, process, self_id, captured, values, versions, _ in rows
-            if names is None or name in names
         ]
-        return sorted(found, key=_order)
 
     def log(self) -> CallLog:
         """Return everything as a reader of the dumps themselves would."""

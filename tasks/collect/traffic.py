@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.collect.session import Lengths, Served, Traffic
 from tasks.errors import CollectError, InputError
 from tasks.files import read_text
+from tasks.model import ModelConfig
 
 FIRST_TOKEN = 10
 """Smallest random token id: those below are mostly special ones."""
@@ -67,6 +68,18 @@ class Limits(BaseModel):
     def fit(self, prompt: int, answer: int) -> bool:
         """Whether a request of these lengths is served whole."""
         return self.context_length is None or prompt + answer + _SPARE <= self.context_length
+
+
+def limits_of(model: ModelConfig, pool: int | None = None) -> Limits:
+    """Return what a server of this model takes.
+
+    Args:
+        model: the model's config.
+        pool: tokens that its KV pool is capped at, if it is.
+    """
+    length = model.fields.size("max_position_embeddings", "max_sequence_length")
+    known = [n for n in (length, pool) if n is not None]
+    return Limits(vocab_size=model.vocab_size, context_length=min(known) if known else None)
 
 
 @dataclass(frozen=True)

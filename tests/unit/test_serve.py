@@ -188,6 +188,7 @@ def specs() -> dict[str, KernelSpec]:
 
 
 SPECS = specs()
+FLAGS = index_sglang(FAKES).flags
 SPECS_RECORDED = {
     name: provider.recorded
     for name, spec in SPECS.items()
@@ -245,8 +246,8 @@ def stage(
             **({"FAKE_SGLANG_ONCE": str(folder / "once")} if once else {}),
         },
     )
-    flags = index_sglang(FAKES).flags
-    plan = plan_sessions([SPECS[n] for n in names], read_config(root / "config.json"), wish, flags)
+    model = read_config(root / "config.json")
+    plan = plan_sessions([SPECS[n] for n in names], model, wish, FLAGS)
     (session,) = plan.sessions
     return Stage(folder, session)
 
@@ -434,7 +435,7 @@ def check_complete(played: Stage, launches: int) -> Outcome:
     check_nothing_left(played)
     outcome = played.served[-1]
     assert outcome.launches == launches
-    assert outcome.session == played.session
+    assert outcome.session.definitions == played.session.definitions
     assert outcome.gpus == ("0",)
     assert (outcome.unreadable, outcome.notices, outcome.thinned) == ({}, {}, 0)
     assert set(outcome.versions) >= {"flashinfer", "torch"}
@@ -470,6 +471,7 @@ def test_whole_calls_of_an_engine_on_a_small_disk(plays: dict[str, Future[Any]])
     assert [(e.failure.kind, e.again) for e in played.errors] == [(Kind.OUT_OF_MEMORY, True)] * 3
     pools = [attempt.adjustment.max_total_tokens for attempt in played.place.attempts()]
     assert pools == [None, 131_072, 65_536, 32_768]
+    assert played.served[0].session.flags[-2:] == ("--max-total-tokens", "32768")
     assert "CUDA out of memory. Tried to allocate 20.00 GiB" in str(played.errors[0])
     outcome = check_complete(played, 4)
     first, second = played.planned()
