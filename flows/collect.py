@@ -22,7 +22,7 @@ from tasks.collect import live
 from tasks.collect.place import Outcome
 from tasks.collect.plan import Plan
 from tasks.collect.request import CollectRequest
-from tasks.collect.task import collect, collect_session, stopped_at_the_end
+from tasks.collect.task import collect, collect_session, stopped_with_us
 from tasks.discover.hub import fetch_config
 from tasks.discover.sources import SglangIndex, cached, index_sglang, revision
 from tasks.errors import InputError, OnboardError
@@ -97,7 +97,7 @@ def serve_sessions(request: CollectRequest) -> Served:
     log = get_run_logger()
     for name, reason in plan.not_collected.items():
         log.info("%s: nothing to collect: %s", name, reason)
-    with stopped_at_the_end():
+    with stopped_with_us():
         futures = [
             collect_session.submit(request.manifest, session, config, keep_dumps=request.keep_dumps)
             for session in plan.sessions

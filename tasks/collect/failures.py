@@ -76,7 +76,7 @@ _ADVICE = {
     Kind.NO_ROOM_FOR_KV: "use more GPUs (tp), or a higher --mem-fraction-static",
     Kind.POOL_TOO_SMALL: "send fewer requests at a time, or allow a larger KV pool",
     Kind.BAD_FLAG: "flags differ between SGLang versions; see its --help",
-    Kind.MODEL_NOT_FOUND: "check the name and revision; ONBOARD_HF_TOKEN must be allowed to read it",
+    Kind.MODEL_NOT_FOUND: "check the name and revision; ONBOARD_HF_TOKEN must be able to read it",
     Kind.NETWORK: "check the connection to the hub, or download the model first",
     Kind.UNSUPPORTED: "choose another backend, tp or SGLang version for this model and GPU",
     Kind.PORT_IN_USE: "another process was faster; a new attempt takes another port",

@@ -26,7 +26,7 @@ from tasks.model import read_config
 from tasks.settings import CollectSettings
 from tasks.step import step
 
-_LAUNCHES = 8
+_RETRIES = 12
 """More than the adjustments that a session goes through before it gives up."""
 
 
@@ -34,16 +34,17 @@ _stopping = threading.Event()
 
 
 @contextmanager
-def stopped_at_the_end() -> Iterator[None]:
-    """Have the sessions that this process serves end with the block, however that ends.
+def stopped_with_us() -> Iterator[None]:
+    """Have the sessions that this process serves end where the block is interrupted.
 
     They run in threads of their own, which an interrupt of the main one does not reach.
     """
     _stopping.clear()
     try:
         yield
-    finally:
+    except BaseException:
         _stopping.set()
+        raise
 
 
 def _may_go_better(error: BaseException) -> bool:
@@ -55,7 +56,7 @@ def _may_go_better(error: BaseException) -> bool:
     "collect session",
     "Serve the model on leased GPUs and keep what FlashInfer dumps; out of memory, ask for less.",
     run_name="collect {session.id}",
-    retries=_LAUNCHES,
+    retries=_RETRIES,
     worth_retrying=_may_go_better,
 )
 def collect_session(

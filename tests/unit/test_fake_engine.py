@@ -107,7 +107,6 @@ def serving(folder: Path, port: int) -> Iterator[None]:
 
 async def send(port: int) -> Served:
     async with HttpClient(port, TRAFFIC) as client:
-        assert await client.healthy()
         return await drive(
             waves(TRAFFIC, Limits(vocab_size=512, context_length=4096)),
             client.generate,

@@ -285,7 +285,7 @@ def test_the_lease_is_taken_when_it_comes_free(place: dict[str, Any]) -> None:
         ({"count": 3}, ["true"], r"3 GPUs are asked for and there are 2 \(0, 1\)"),
         ({}, ["/no/such/server"], "/no/such/server: cannot be started"),
         ({"folder": Path("/no/such/folder")}, ["true"], "No such file or directory"),
-        ({"directory": Path("/proc/self/leases")}, ["true"], "cannot be written"),
+        ({"directory": Path("/proc/self/leases")}, ["true"], "GPUs cannot be leased there"),
     ],
 )
 def test_what_cannot_be_started_says_why(

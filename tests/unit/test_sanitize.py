@@ -482,7 +482,7 @@ def test_damaged_definitions_do_not_stop_the_others(dumped: Dumps, dataset: Path
     (folder / "strange.json").write_text(json.dumps({**moved, "name": "strange"}))
     (folder / "link.json").symlink_to(folder / "rmsnorm_h512.json")
     result = collect(dumped, dataset)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     errors = {d["definition"]: d["error"] for d in as_json(result)["definitions"] if "error" in d}
     assert errors.keys() == {"rmsnorm_h5120", "rmsnorm_h7", "strange"}
     assert "is not JSON" in errors["rmsnorm_h5120"]
