@@ -12,7 +12,6 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.table import Table
 
 from tasks import manifest
@@ -30,10 +29,23 @@ _STYLE = {
 }
 
 
+class _Lines(logging.Handler):
+    """Log records as lines, which a terminal wraps and nothing else does."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        text = record.getMessage()
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
 @contextmanager
 def log_lines(console: Console) -> Iterator[None]:
     """Print what tasks log, a line each, while the block runs."""
-    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+    handler = _Lines(console)
     logger = logging.getLogger("prefect.task_runs")
     logger.addHandler(handler)
     try:
