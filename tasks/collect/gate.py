@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import zip_longest
@@ -23,6 +23,7 @@ from typing import Any
 
 from tasks.collect.failures import Failure, Kind
 from tasks.collect.session import Session
+from tasks.ops.base import Hint
 
 _SERVER_ARGS = "server_args=ServerArgs("
 _GRAPH = re.compile(r"\bCapture\b.{0,80}\bgraph begin|\bcuda graph: True\b", re.IGNORECASE)
@@ -64,7 +65,7 @@ class _Log:
         """Return a field's value, or None."""
         try:
             return ast.literal_eval((self.settings or {}).get(name, "None"))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError, SystemError):
             return None
 
     def backend(self, phase: str) -> Any:
@@ -82,16 +83,10 @@ class _Ran:
     captured: Mapping[str, int]
     versions: Mapping[str, Sequence[str]]
 
-    @property
-    def deterministic(self) -> bool:
-        """Whether SGLang ran in its deterministic mode."""
-        return self.said.setting("enable_deterministic_inference") is True
-
-    @property
-    def paged(self) -> bool:
-        """Whether it was told to prefill with the paged wrapper."""
-        told = self.session.env.get("SGLANG_FLASHINFER_USE_PAGED", "")
-        return told.lower() in {"true", "1", "yes", "y"}
+    def is_on(self, name: str) -> bool:
+        """Whether a setting of the server, or a variable of its environment, is on."""
+        told = self.session.env.get(name, "")
+        return self.said.setting(name) is True or told.lower() in {"true", "1", "yes", "y"}
 
 
 def check_session(
@@ -112,7 +107,7 @@ def check_session(
     """
     ran = _Ran(session, _read(log), _some(fired), _some(captured), versions)
     missing = {
-        definition: _why_missing(names, ran)
+        definition: _why_missing(definition, names, ran)
         for definition, names in session.expects.items()
         if not any(name in ran.fired for name in names)
     }
@@ -208,98 +203,31 @@ def _what_ran(ran: _Ran) -> str:
 # Why a definition's calls are missing
 
 
-_Hint = tuple[str, Callable[[_Ran], bool], str]
-"""Names of calls (a pattern), when it is told, and a likely reason why they were not made."""
-
-
-def _always(_: _Ran) -> bool:
-    return True
-
-
-# The first that applies is told. How SGLang 0.5.17 chooses: flashinfer_backend.py, sampler.py,
-# layernorm.py.
-_HINTS: tuple[_Hint, ...] = (
-    (
-        r"sampling",
-        lambda ran: ran.deterministic,
-        "--enable-deterministic-inference samples with torch: leave it out",
-    ),
-    (
-        r"sampling",
-        lambda ran: ran.said.setting("sampling_backend") != "flashinfer",
-        "give --sampling-backend flashinfer",
-    ),
-    (
-        r"sampling",
-        _always,
-        "SGLang takes the largest probability at temperature 0 and samples with torch without "
-        "top_k, top_p or min_p: set them in the traffic",
-    ),
-    (
-        r"norm",
-        lambda ran: ran.deterministic,
-        "--enable-deterministic-inference takes other norms: leave it out",
-    ),
-    (
-        r"norm",
-        _always,
-        "sglang-kernel calls FlashInfer's norms only eagerly and for dtypes that they support",
-    ),
-    (
-        r"Decode|MLA",
-        lambda ran: ran.said.backend("decode") != "flashinfer",
-        "give --attention-backend flashinfer (and no --decode-attention-backend)",
-    ),
-    (
-        r"Prefill",
-        lambda ran: ran.said.backend("prefill") != "flashinfer",
-        "give --attention-backend flashinfer (and no --prefill-attention-backend)",
-    ),
-    (
-        r"Ragged",
-        lambda ran: ran.deterministic,
-        "--enable-deterministic-inference prefills with the paged wrapper: leave it out",
-    ),
-    (
-        r"Ragged",
-        lambda ran: ran.paged,
-        "SGLANG_FLASHINFER_USE_PAGED prefills with the paged wrapper: unset it",
-    ),
-    (
-        r"Ragged",
-        _always,
-        "SGLang prefills multimodal models, and with piecewise CUDA graphs, with the paged wrapper",
-    ),
-    (
-        r"PrefillWithPaged",
-        lambda ran: not ran.paged,
-        "set SGLANG_FLASHINFER_USE_PAGED=1: SGLang prefills with the ragged wrapper by default",
-    ),
-    (
-        r"MoE|moe",
-        _always,
-        "give the --moe-runner-backend that calls it; some need an SM100 GPU or FP8 weights",
-    ),
-)
-
-
-def _why_missing(names: Sequence[str], ran: _Ran) -> str:
+def _why_missing(definition: str, names: Sequence[str], ran: _Ran) -> str:
     """Say why none of a definition's calls was seen: what was, and the likely fix."""
     wanted = " or ".join(names)
-    return f"{wanted} was never called; these were: {_counts(ran.fired)}; {_fix(names, ran)}"
+    fix = _not_recorded(names, ran.session.record) or _fix(definition, ran)
+    return f"{wanted} was never called; these were: {_counts(ran.fired)}; {fix}"
 
 
-def _fix(names: Sequence[str], ran: _Ran) -> str:
-    record = ran.session.record
-    if not any(fnmatchcase(name, pattern) for name in names for pattern in record):
-        alike = [p for p in record if p.endswith(tuple(names))]
-        alike += [p for name in names for p in difflib.get_close_matches(name, record)]
-        meant = f" (instead of {alike[0]}?)" if alike else ""
-        return f"its name is not among the recorded ones: record {' or '.join(names)}{meant}"
-    for pattern, applies, text in _HINTS:
-        if any(re.search(pattern, name) for name in names) and applies(ran):
-            return text
-    return "see SGLang's log for what it ran instead"
+def _not_recorded(names: Sequence[str], record: Sequence[str]) -> str:
+    if any(fnmatchcase(name, pattern) for name in names for pattern in record):
+        return ""
+    alike = [p for p in record if p.endswith(tuple(names))]
+    alike += [p for name in names for p in difflib.get_close_matches(name, record)]
+    meant = f" (instead of {alike[0]}?)" if alike else ""
+    return f"its name is not among the recorded ones: record {' or '.join(names)}{meant}"
+
+
+def _fix(definition: str, ran: _Ran) -> str:
+    hint = ran.session.hints.get(definition, Hint())
+    for setting, instead in hint.not_with.items():
+        if ran.is_on(setting):
+            return f"with {setting} SGLang {instead}: leave it out"
+    phases = [phase for phase in _BACKENDS if ran.said.backend(phase) != "flashinfer"]
+    if phases:
+        return f"give --attention-backend flashinfer: {ran.said.backend(phases[0])} ran"
+    return hint.text or "see SGLang's log for what it ran instead"
 
 
 # SGLang's log

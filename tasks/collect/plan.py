@@ -307,8 +307,11 @@ def _session(
         env={**(_PAGED if mode == "paged_prefill" else {}), **wish.env},
         record=tuple(sorted(record)),
         expects={spec.name: api.recorded for spec, api in launch.kernels},
+        hints={spec.name: api.hint for spec, api in launch.kernels},
         traffic=traffic,
         tp_choices=tuple(sizes),
+        nodes=wish.nodes.nodes,
+        node_rank=wish.nodes.rank,
     )
 
 

@@ -356,8 +356,7 @@ class _Launch:
     # Serving
 
     def _serve(self) -> tuple[str, ...]:
-        tp = self.attempt.adjustment.tp
-        offline = self.session.mode == "decode"
+        offline = self.session.mode == "decode" and self.session.nodes == 1
         port = free_port()
         command = self._engine_command() if offline else self._server_command(port)
         with Keeper.start(
@@ -366,7 +365,7 @@ class _Launch:
             log=self.log,
             directory=self.options.lease_dir,
             gpus=visible_gpus(self.options.gpus),
-            count=tp,
+            count=-(-self.attempt.adjustment.tp // self.session.nodes),
             session=self.place.root.name,
             folder=self.logs,
             grace=_GRACE,
@@ -381,13 +380,30 @@ class _Launch:
             self.drain.discard()  # the start-up's calls served nobody
             (self.logs / _GO).touch()
             self.say(f"{self.session.id}: ready, traffic begins")
-            if offline:
+            if self.session.node_rank:
+                self._follow()
+            elif offline:
                 self._tend_until(lambda: not keeper.alive)
                 if keeper.returncode:
                     raise self._failed()
             else:
                 self._send(port)
         return gpus
+
+    def _follow(self) -> None:
+        """Drain what a node shows that is not the first, until the first has stopped.
+
+        Its server ends with the first one's, or nothing is dumped any more.
+        """
+        quiet = time.monotonic()
+
+        def over() -> bool:
+            nonlocal quiet
+            if self.drain.backlog():
+                quiet = time.monotonic()
+            return time.monotonic() - quiet > self.options.stall_seconds / 2
+
+        self._tend_until(lambda: not self.keeper.alive or over())
 
     def _send(self, port: int) -> None:
         """Send the traffic over HTTP from a thread of its own, tending the server from this one."""

@@ -13,6 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tasks.ops.base import Hint
+
 Mode = Literal["decode", "paged_prefill", "ragged_prefill"]
 
 
@@ -77,7 +79,7 @@ class Session(BaseModel):
     ep: int = Field(ge=1)
     page_size: int = Field(ge=1)
     mode: Mode
-    """`decode` runs in SGLang's offline Engine, the others behind its HTTP server."""
+    """`decode` runs in SGLang's offline Engine (on one host), the others behind its HTTP server."""
     flags: tuple[str, ...]
     """Command-line arguments of `sglang.launch_server`, without model, host and port."""
     env: dict[str, str]
@@ -86,9 +88,15 @@ class Session(BaseModel):
     """Names of FlashInfer calls to dump (`BatchDecodeWithPagedKVCacheWrapper.plan`, `rmsnorm`)."""
     expects: dict[str, tuple[str, ...]]
     """Definition -> the dumped names of which at least one must appear for it."""
+    hints: dict[str, Hint] = {}
+    """Definition -> what to look at where none of its calls appears."""
     traffic: Traffic
     tp_choices: tuple[int, ...]
     """Tensor-parallel sizes at which every one of its kernels has the same shapes."""
+    nodes: int = Field(default=1, ge=1)
+    """Hosts that serve it together."""
+    node_rank: int = Field(default=0, ge=0)
+    """Which of them this one is; the first sends the traffic."""
 
     @property
     def prefill(self) -> str:

@@ -88,6 +88,17 @@ class Unmapped:
 Requirement = KernelSpec | NotProduced | Unmapped
 
 
+class Hint(BaseModel):
+    """Why SGLang may not have made a call that a session was served for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str = ""
+    """What to look at first."""
+    not_with: dict[str, str] = {}
+    """Setting or variable of the server -> what SGLang does instead where it is on."""
+
+
 @dataclass(frozen=True)
 class FlashInferApi:
     """The kernel is a FlashInfer API."""
@@ -113,6 +124,8 @@ class FlashInferApi:
     quantization: str = ""
     """Width of the weights it takes (`fp8`, `fp4`); empty where that is not what decides."""
 
+    hint: Hint = field(default_factory=Hint)
+    """What to look at where a session shows no such call."""
     gpu: str = ""
     """Architecture of the only GPUs that it runs on (`SM100`); empty where most will do."""
 

@@ -22,6 +22,7 @@ from tasks.ops.base import (
     Call,
     DumpError,
     FlashInferApi,
+    Hint,
     Json,
     KernelSpec,
     MetaTensor,
@@ -521,6 +522,23 @@ _AXES = {
 }
 
 
+_PAGED_INSTEAD = "prefills with the paged wrapper"
+_HINTS = {
+    "": Hint(),
+    "paged": Hint(
+        text="set SGLANG_FLASHINFER_USE_PAGED=1: SGLang prefills with the ragged wrapper by default"
+    ),
+    "ragged": Hint(
+        text="SGLang prefills multimodal models, and with piecewise CUDA graphs, with the paged "
+        "wrapper",
+        not_with={
+            "enable_deterministic_inference": _PAGED_INSTEAD,
+            "SGLANG_FLASHINFER_USE_PAGED": _PAGED_INSTEAD,
+        },
+    ),
+}
+
+
 def wrapper_api(
     module: str,
     wrapper: str,
@@ -537,6 +555,7 @@ def wrapper_api(
         sglang_layer=layer,
         reads=tuple(reads),
         prefill=prefill,
+        hint=_HINTS[prefill],
     )
 
 

@@ -31,6 +31,7 @@ from tasks.ops.base import (
     Call,
     DumpError,
     FlashInferApi,
+    Hint,
     Json,
     KernelSpec,
     NotProduced,
@@ -669,6 +670,7 @@ _APIS = {
         dumps=(kernel.api,),
         server_flags=("--moe-runner-backend flashinfer_trtllm",),
         gpu="SM100",
+        hint=Hint(text="it needs an SM100 GPU and weights of its own precision"),
         sglang_layer=kernel.sglang_layer,
         reads=("topk_ids",)
         if variant == "fp4_block_scale_routed"

@@ -11,6 +11,7 @@ from tasks.ops.base import (
     Call,
     DumpError,
     FlashInferApi,
+    Hint,
     Json,
     KernelSpec,
     MetaTensor,
@@ -140,6 +141,11 @@ def _api(function: str) -> FlashInferApi:
         path=f"flashinfer.norm.{function}",
         dumps=(function,),
         sglang_layer="python/sglang/srt/layers/layernorm.py",
+        hint=Hint(
+            text="sglang-kernel calls FlashInfer's norms only eagerly and for dtypes that they "
+            "support",
+            not_with={"enable_deterministic_inference": "takes other norms"},
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from tasks.ops.base import (
     Call,
     DumpError,
     FlashInferApi,
+    Hint,
     Json,
     KernelSpec,
     MetaTensor,
@@ -199,11 +200,19 @@ def check(inputs, outputs, kernel):
 '''
 
 
+_DETERMINISTIC = "enable_deterministic_inference"
+
+
 def _api(function: str) -> FlashInferApi:
     return FlashInferApi(
         path=f"flashinfer.sampling.{function}",
         dumps=(function,),
         server_flags=("--sampling-backend flashinfer",),
+        hint=Hint(
+            text="give --sampling-backend flashinfer; SGLang takes the largest probability at "
+            "temperature 0, and samples with torch without top_k, top_p or min_p",
+            not_with={_DETERMINISTIC: "samples with torch"},
+        ),
         sglang_layer="python/sglang/srt/layers/sampler.py",
         reads=_FILTERS[function],
     )

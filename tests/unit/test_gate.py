@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from tasks.collect.gate import GateReport, check_session
 from tasks.collect.session import Session, Traffic
+from tasks.ops import registry
+from tasks.ops.base import Hint
 
 DECODE = "BatchDecodeWithPagedKVCacheWrapper.plan"
 RAGGED = "BatchPrefillWithRaggedKVCacheWrapper.plan"
@@ -184,7 +186,12 @@ def test_a_session_without_any_expected_call_fails_with_what_ran(tmp_path: Path)
         ),
         (SAMPLING, ServerArgs(), {}, "temperature 0"),
         (SAMPLING, ServerArgs(sampling_backend="pytorch"), {}, "--sampling-backend flashinfer"),
-        (SAMPLING, ServerArgs(enable_deterministic_inference=True), {}, "samples with torch: le"),
+        (
+            SAMPLING,
+            ServerArgs(enable_deterministic_inference=True),
+            {},
+            "torch: leave it out",
+        ),
         (
             "fused_add_rmsnorm",
             ServerArgs(enable_deterministic_inference=True),
@@ -192,7 +199,7 @@ def test_a_session_without_any_expected_call_fails_with_what_ran(tmp_path: Path)
             "takes other norms",
         ),
         (DECODE, ServerArgs(attention_backend="triton"), {"flags": ()}, "--attention-backend fl"),
-        (RAGGED, ServerArgs(), {"env": {"SGLANG_FLASHINFER_USE_PAGED": "1"}}, "unset it"),
+        (RAGGED, ServerArgs(), {"env": {"SGLANG_FLASHINFER_USE_PAGED": "1"}}, "leave it out"),
         (RAGGED, ServerArgs(), {}, "multimodal"),
         (PAGED, ServerArgs(), {"record": (PAGED,)}, "set SGLANG_FLASHINFER_USE_PAGED=1"),
         ("gelu", ServerArgs(), {"record": ("gelu",)}, "see SGLang's log"),
@@ -201,7 +208,11 @@ def test_a_session_without_any_expected_call_fails_with_what_ran(tmp_path: Path)
 def test_a_missing_call_comes_with_the_likely_fix(
     tmp_path: Path, name: str, args: ServerArgs, changes: dict[str, Any], said: str
 ) -> None:
-    asked = changes | {"expects": {"it": (name,), "norm": ("layernorm",)}}
+    hints = {api.recorded[0]: api.hint for module in registry().values() for api in module.apis}
+    asked = changes | {
+        "expects": {"it": (name,), "norm": ("layernorm",)},
+        "hints": {"it": hints.get(name, Hint())},
+    }
     report = gate(tmp_path, args=args, fired={"layernorm": 1}, **asked)
     assert report.failure is None
     assert list(report.missing) == ["it"]
