@@ -16,8 +16,9 @@ demo: $(READY)
 	@echo
 	@echo "What was published: git -C $(DEMO)/outbox log; once more: .venv/bin/onboard status --workspace $(DEMO)"
 
+# Files of tests side by side, one per core.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ FAULTS = {
         "m.stage_definition = f"
     ),
     3: (
-        "import tasks.collect.sanitize as m; write = m.files.write_text\n"
+        "import tasks.collect.write as m; write = m.files.write_text\n"
         "def f(path, text): die() if path.suffix == '.jsonl' else write(path, text)\n"
         "m.files.write_text = f"
     ),
