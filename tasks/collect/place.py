@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ Say = Callable[[str], None]
 
 
 _LOCK_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 class Attempt(BaseModel):
@@ -111,6 +113,20 @@ class Place:
         finally:
             lock.release()
 
+    @contextmanager
+    def if_idle(self) -> Iterator[bool]:
+        """Hold the session while the block runs, if nobody else does; say whether it is held."""
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
     def outcome(self) -> Outcome | None:
         """Return how the session ended, if it is complete.
 
@@ -177,14 +193,27 @@ class _Attempts(BaseModel):
 
 
 def outcomes(sessions: Path) -> list[tuple[Place, Outcome]]:
-    """Return the complete sessions of a folder, in the order of their names."""
-    return [(place, outcome) for place in _places(sessions) if (outcome := place.outcome())]
+    """Return the complete sessions of a folder, in the order of their names.
+
+    One whose file is damaged is left out, with a warning: the others' calls are as good as ever.
+    """
+    found = []
+    for place in all_places(sessions):
+        try:
+            outcome = place.outcome()
+        except CollectError as error:
+            _log.warning("%s", error)
+            continue
+        if outcome is not None:
+            found.append((place, outcome))
+    return found
 
 
 def failures(sessions: Path) -> list[tuple[Session, Failure]]:
     """Return the sessions of a folder whose last launch failed, in the order of their names."""
-    return [failed for place in _places(sessions) if (failed := place.failed())]
+    return [failed for place in all_places(sessions) if (failed := place.failed())]
 
 
-def _places(sessions: Path) -> list[Place]:
+def all_places(sessions: Path) -> list[Place]:
+    """Return the sessions of a folder, in the order of their names."""
     return [Place(path) for path in sorted(sessions.glob("*/")) if path.is_dir()]

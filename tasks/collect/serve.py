@@ -33,7 +33,7 @@ from tasks.collect.gate import check_session
 from tasks.collect.keeper import Keeper, free_port
 from tasks.collect.lease import visible_gpus
 from tasks.collect.logs import LogFollower, Milestones, tail
-from tasks.collect.place import Attempt, Outcome, Place, Say
+from tasks.collect.place import Attempt, Outcome, Place, Say, all_places
 from tasks.collect.session import Served, Session, Traffic, may_be_secret
 from tasks.collect.store import CallStore
 from tasks.collect.traffic import HttpClient, Limits, drive, limits_of, waves
@@ -152,6 +152,7 @@ def serve_session(
             say(f"{session.id}: complete already, {sum(complete.fired.values())} calls")
             return complete
         _check_traffic(session, model)
+        _tidy(sessions, place, host)
         attempts = place.attempts()
         for number, left in enumerate(attempts, start=1):
             _take_over(place, number, left, host)
@@ -253,6 +254,16 @@ def _take_over(place: Place, number: int, left: Attempt, host: Host) -> None:
         with CallStore(place.store) as store:
             _drain(place, store, number, left.dumps, host).finish()
     shutil.rmtree(left.dumps)
+
+
+def _tidy(sessions: Path, own: Place, host: Host) -> None:
+    """Take over what killed launches of other sessions left, which lies in memory till then."""
+    for place in all_places(sessions):
+        if place.root == own.root:
+            continue
+        with place.if_idle() as idle:
+            for number, left in enumerate(place.attempts() if idle else (), start=1):
+                _take_over(place, number, left, host)
 
 
 def _wait_gone(file: Path) -> None:
