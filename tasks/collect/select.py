@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -99,7 +100,8 @@ def most_diverse(
     Farthest-point selection over the logarithms of axes, starting from the largest candidate, in
     O(n * limit) time. As long as there are batch sizes that no chosen candidate has, only
     candidates of those are looked at: each is represented, if there are no more of them than
-    `limit`.
+    `limit`. The sizes of the most calls, half as many as `limit`, come first: a server that is
+    kept busy passes through others only as requests come and go.
 
     Args:
         candidates: what to choose from.
@@ -114,11 +116,21 @@ def most_diverse(
     chosen = [int(points.sum(axis=1).argmax())]
     distance = np.linalg.norm(points - points[chosen[0]], axis=1)
     fresh = batches != batches[chosen[0]]
+    sustained = np.isin(batches, _most_called(candidates, max(1, limit // 2)))
     while len(chosen) < limit:
         distance[chosen[-1]] = -1.0
-        among = np.where(fresh, distance, -1.0) if fresh.any() else distance
-        best = int(among.argmax())
+        open_to = next((among for among in (fresh & sustained, fresh) if among.any()), None)
+        best = int((distance if open_to is None else np.where(open_to, distance, -1.0)).argmax())
         chosen.append(best)
         distance = np.minimum(distance, np.linalg.norm(points - points[best], axis=1))
         fresh &= batches != batches[best]
     return [candidates[index] for index in sorted(chosen)]
+
+
+def _most_called(candidates: Sequence[Candidate], count: int) -> list[int]:
+    """Return the batch sizes of the most calls, smaller ones first among equals."""
+    calls: Counter[int] = Counter()
+    for candidate in candidates:
+        calls[candidate.extent.batch_size] += candidate.count
+    ordered = sorted(calls.items(), key=lambda item: (-item[1], item[0]))
+    return [size for size, _ in ordered[:count]]

@@ -238,6 +238,16 @@ def test_the_rest_is_spread_out() -> None:
     assert len(most_diverse(sized(sizes), (), 3)) == 3
 
 
+def test_batch_sizes_that_were_kept_up_come_before_those_that_were_passed_through() -> None:
+    """A busy server's batches grow to the size that was asked for, and shrink at the end."""
+    passed = [(size, 100 + size, 1) for size in range(1, 129)]
+    kept_up = [(size, 1000 + step, 1) for size in (1, 8, 32, 64, 128) for step in range(40)]
+    chosen = most_diverse(sized([*passed, *kept_up]), ("batch_size", "kv"), 20)
+    sizes = [c.extent.batch_size for c in chosen]
+    assert {1, 8, 32, 64, 128} <= set(sizes)
+    assert len(set(sizes)) == 20
+
+
 def test_the_reject_table_is_bounded() -> None:
     reasons = Counter({f"{n} is not {n + 1}": 1 for n in range(500)}) + Counter({"often": 7})
     shown = table(reasons)
