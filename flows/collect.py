@@ -48,7 +48,7 @@ class Collection(BaseModel):
         )
 
 
-class Served(NamedTuple):
+class ServedSessions(NamedTuple):
     """What the sessions of a model came to."""
 
     outcomes: list[Outcome]
@@ -88,7 +88,7 @@ def collect_workloads(request: CollectRequest) -> State[Collection]:
     return Completed(message=found.counts, data=found)
 
 
-def serve_sessions(request: CollectRequest) -> Served:
+def serve_sessions(request: CollectRequest) -> ServedSessions:
     """Plan the sessions and serve them, side by side as far as there are GPUs.
 
     One that fails says so in its own folder; the definitions that it was to show say it again.
@@ -108,7 +108,7 @@ def serve_sessions(request: CollectRequest) -> Served:
     ]
     if outcomes:
         show_sessions(manifest.load(request.manifest).model_slug, outcomes)
-    return Served(outcomes, plan.not_collected)
+    return ServedSessions(outcomes, plan.not_collected)
 
 
 def reason_of(state: State[Any]) -> str:

@@ -531,7 +531,5 @@ def main() -> None:
     _tell("exit", exit=status, stopped=stopped, error=reason)
 
 
-# What stands in a server's log.
-
 if __name__ == "__main__":
     main()

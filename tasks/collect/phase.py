@@ -10,36 +10,17 @@ from tasks import files
 from tasks.collect.baseline import write_baseline
 from tasks.collect.dumps import CallLog
 from tasks.collect.realism import plot
-from tasks.collect.sanitize import Collected, open_calls, sanitize
+from tasks.collect.sanitize import Collected, sanitize
 from tasks.collect.session import Session
 from tasks.collect.write import write_workloads
 from tasks.dataset import DefinitionFiles
-from tasks.errors import CollectError
 from tasks.manifest import KernelEntry
 from tasks.ops.base import KernelSpec
 
 
-def collect_recorded(
-    entry: KernelEntry, dumps: Path | None, dataset: Path, provenance: Path, max_workloads: int
-) -> Collected:
-    """Collect one definition's workloads from a folder of recorded dumps.
-
-    Args:
-        entry: the kernel; its definition is staged.
-        dumps: the folder, or that of a store of calls.
-        dataset: the dataset clone.
-        provenance: file for what the rows were made of.
-        max_workloads: how many rows to keep at most.
-
-    Raises:
-        CollectError: there is no folder, or no call in it is a workload of this definition.
-    """
-    if dumps is None:
-        raise CollectError(
-            f"{entry.definition_name}: no dumps to collect from; record a run on a GPU and give "
-            "its folder with --dumps, or go on without workloads with --skip-workload"
-        )
-    return collect_calls(entry, open_calls(dumps), dataset, provenance, max_workloads)
+def plot_beside(provenance: Path) -> Path:
+    """Return the file of the plot that belongs to a provenance file."""
+    return provenance.with_suffix(".png")
 
 
 def collect_calls(
@@ -73,6 +54,6 @@ def collect_calls(
     write_baseline(dataset, spec)
     written = write_workloads(dataset, definition, chosen)
     collected = collected.named(written.uuids)
-    files.write_bytes(provenance.with_suffix(".png"), plot([collected.realism]))
+    files.write_bytes(plot_beside(provenance), plot([collected.realism]))
     files.write_json(provenance, {**asdict(collected), "table": collected.realism.markdown()})
     return collected

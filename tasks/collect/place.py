@@ -149,9 +149,8 @@ class Place:
 
     def attempts(self) -> list[Attempt]:
         """Return the launches so far."""
-        if not self._attempts.exists():
-            return []
-        return _Attempts.model_validate_json(self._attempts.read_bytes()).attempts
+        made = self._made()
+        return made.attempts if made else []
 
     def record(self, session: Session, attempts: list[Attempt]) -> None:
         """Record the launches so far, and of what."""
@@ -160,11 +159,14 @@ class Place:
 
     def failed(self) -> tuple[Session, Failure] | None:
         """Return the session and how its last launch failed, if it did."""
-        if self._outcome.exists() or not self._attempts.exists():
+        made = None if self._outcome.exists() else self._made()
+        failure = made.attempts[-1].failure if made else None
+        return (made.session, failure) if made and failure else None
+
+    def _made(self) -> _Attempts | None:
+        if not self._attempts.exists():
             return None
-        made = _Attempts.model_validate_json(self._attempts.read_bytes())
-        failure = made.attempts[-1].failure
-        return (made.session, failure) if failure else None
+        return _Attempts.model_validate_json(self._attempts.read_bytes())
 
     def calls(self) -> CallLog:
         """Return what was drained; the calls know how their server was made to prefill."""

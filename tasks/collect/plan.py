@@ -217,11 +217,9 @@ def plan_sessions(
     alone = []
     for spec in specs:
         provider = ops.op_module(spec.op_type).provider(spec)
-        if isinstance(provider, FlashInferApi):
-            reason = _why_not(provider, model, flags)
-        else:
-            reason = provider.reason
-        if reason or not isinstance(provider, FlashInferApi):
+        if not isinstance(provider, FlashInferApi):
+            not_collected[spec.name] = provider.reason
+        elif reason := _why_not(provider, model, flags):
             not_collected[spec.name] = reason
         else:
             alone.append(_alone(spec, provider))

@@ -50,6 +50,8 @@ _LAST_SECONDS = 60.0
 """For a server whose worker was killed to be ended by its keeper."""
 _KEEPER = "keeper.json"
 """File in a launch's folder: which process guards its server."""
+_READY = "ready"
+"""File in a launch's folder: the offline engine is up."""
 _GO = "go"
 """File in a launch's folder: the server is up, what it dumps from now on was served."""
 _LOG_LINES = 300
@@ -473,7 +475,7 @@ class _Launch:
 
     def _ready(self, port: int | None) -> bool:
         if port is None:
-            return self._order().ready.exists()
+            return (self.logs / _READY).exists()
         try:
             url = f"http://127.0.0.1:{port}/health"
             with httpx.Client(trust_env=False, timeout=_HEALTH_SECONDS) as client:
@@ -564,7 +566,7 @@ class _Launch:
             limits=self._limits(),
             model_folder=_folder(self.session.model),
             served=self.place.served,
-            ready=self.logs / "ready",
+            ready=self.logs / _READY,
             go=self.logs / _GO,
         )
 

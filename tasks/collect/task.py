@@ -15,9 +15,9 @@ from tasks import manifest, settings
 from tasks.collect.evaluate import Effort, evaluate, unavailable
 from tasks.collect.lease import lease, visible_gpus
 from tasks.collect.live import served_calls
-from tasks.collect.phase import collect_calls
+from tasks.collect.phase import collect_calls, plot_beside
 from tasks.collect.place import Outcome, Say
-from tasks.collect.realism import Realism, plot
+from tasks.collect.realism import Realism
 from tasks.collect.sanitize import open_calls
 from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Session
@@ -28,8 +28,6 @@ from tasks.step import step
 
 _RETRIES = 12
 """More than the adjustments that a session goes through before it gives up."""
-
-
 _stopping = threading.Event()
 
 
@@ -116,7 +114,7 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     )
     for warning in collected.realism.warnings:
         log.warning("%s: %s", name, warning)
-    _show(name, collected.realism)
+    _show(name, plot_beside(provenance), collected.realism)
     outcome = _evaluated(dataset, entry, options.collect, provenance.parent / "failed", log.info)
     log.info("%s: baseline %s", name, outcome)
     manifest.update_kernel(
@@ -129,9 +127,9 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     return collected.rows
 
 
-def _show(name: str, found: Realism) -> None:
+def _show(name: str, picture: Path, found: Realism) -> None:
     """Show how real a definition's rows look, as an artifact."""
-    image = base64.b64encode(plot([found])).decode()
+    image = base64.b64encode(picture.read_bytes()).decode()
     create_markdown_artifact(
         key=f"realism-{name.replace('_', '-')}",
         markdown=f"![Batch sizes and KV lengths](data:image/png;base64,{image})\n\n"

@@ -25,10 +25,11 @@ from flows.cli import app
 from tasks import files
 from tasks.collect import rows as rows_module
 from tasks.collect.dumps import CallLog, read_calls
-from tasks.collect.phase import collect_calls, collect_recorded
+from tasks.collect.live import served_calls
+from tasks.collect.phase import collect_calls
 from tasks.collect.realism import Extent
 from tasks.collect.rows import Form, find, form_of, uuid_of
-from tasks.collect.sanitize import sanitize, table
+from tasks.collect.sanitize import open_calls, sanitize, table
 from tasks.collect.select import LISTED_CALLS, Candidate, most_diverse
 from tasks.collect.session import Session, Traffic
 from tasks.collect.store import CallStore
@@ -877,15 +878,15 @@ def test_provenance_says_what_rows_were_made_of(
         assert (dumped.root / call).is_dir()
     assert provenance["realism"]["kept"]["rows"] == 4
     assert list((dataset / "solutions" / "baseline" / "gqa_paged" / name).iterdir())
-    again = collect_recorded(entry, dumped.root, dataset, tmp_path / "second.json", 4)
+    again = collect_calls(entry, open_calls(dumped.root), dataset, tmp_path / "second.json", 4)
     assert again.provenance["workloads"] == collected.provenance["workloads"]
     assert again.provenance["sessions"] == []
 
 
 def test_nothing_to_collect_from(dataset: Path, tmp_path: Path) -> None:
     entry = entry_of(DEFINITIONS[DECODE], {})
-    with pytest.raises(CollectError, match="no dumps to collect from"):
-        collect_recorded(entry, None, dataset, tmp_path / "p.json", 4)
+    with pytest.raises(CollectError, match="no calls to collect from.* --dumps.* --skip-workload"):
+        served_calls(tmp_path, entry.definition_name)
     with pytest.raises(CollectError, match="its API was never called; APIs seen: none"):
         collect_calls(entry, CallLog(), dataset, tmp_path / "p.json", 4)
     assert not (tmp_path / "p.json").exists()
