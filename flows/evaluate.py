@@ -38,19 +38,25 @@ def evaluate(
     timeout: Annotated[
         int | None,
         typer.Option(
-            help="Seconds for evaluating one workload [default: 300].", min=1, show_default=False
+            help="Seconds for one workload [default: 300, sampling 3600].",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
-            help="Timed runs of a trial [default: flashinfer-bench's].", min=1, show_default=False
+            help="Timed runs of a trial [default: 50, 3 where a reference is slow].",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     trials: Annotated[
         int | None,
         typer.Option(
-            help="Trials of a workload [default: flashinfer-bench's].", min=1, show_default=False
+            help="Trials of a workload [default: 3, 1 where a reference is slow].",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     keep_failed: Annotated[
@@ -60,6 +66,8 @@ def evaluate(
 ) -> int:
     """Evaluate baselines with flashinfer-bench on this GPU; exit 1 unless every workload PASSED."""
     from tasks.collect import evaluate as evaluation
+    from tasks.ops.base import Effort
+    from tasks.settings import load_settings
 
     names = [name.strip() for item in definitions or () for name in item.split(",") if name.strip()]
     if definitions and not names:
@@ -68,19 +76,27 @@ def evaluate(
     why = evaluation.unavailable()
     if why:
         raise CollectError(f"nothing was evaluated: {why}")
-    results = evaluation.evaluate_all(
-        dataset,
-        places,
-        effort=evaluation.Effort(timeout or evaluation.Effort.row_seconds, iterations, trials),
-        kept=keep_failed,
-        say=lambda line: typer.echo(line, err=True),
-    )
+    options = load_settings().collect
+    asked = Effort(row_seconds=timeout, iterations=iterations, trials=trials)
+    with evaluation.leased_gpu(options, _tell, dataset.name) as gpu:
+        results = evaluation.evaluate_all(
+            dataset,
+            places,
+            effort=evaluation.effort_of(options).under(asked),
+            kept=keep_failed,
+            gpu=gpu,
+            say=_tell,
+        )
     if as_json:
         shown = [result.as_json() for result in results]
         typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
     else:
         _print(results)
     return 0 if all(result.passed for result in results) else 1
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _chosen(dataset: Path, names: list[str]) -> list[DefinitionFiles]:

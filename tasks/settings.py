@@ -69,14 +69,16 @@ class CollectSettings(BaseModel):
     disk_gb: float = Field(
         default=2.0, ge=0.05, description="Most that a session keeps on disk at a time."
     )
-    row_seconds: int = Field(
-        default=300, ge=1, description="Longest evaluation of one workload of a baseline."
+    row_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest evaluation of one workload; what its op type needs if not given.",
     )
     iterations: int | None = Field(
-        default=None, ge=1, description="Timed runs of a trial; flashinfer-bench's if not given."
+        default=None, ge=1, description="Timed runs of a trial; as its op type needs if not given."
     )
     trials: int | None = Field(
-        default=None, ge=1, description="Trials of a workload; flashinfer-bench's if not given."
+        default=None, ge=1, description="Trials of a workload; as its op type needs if not given."
     )
     incomplete_calls: bool = Field(
         default=False,

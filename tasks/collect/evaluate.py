@@ -10,8 +10,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -22,8 +22,12 @@ from pydantic import BaseModel, ValidationError
 
 from tasks import files, ops, sandbox
 from tasks.collect.baseline import write_baseline
+from tasks.collect.lease import lease, visible_gpus
+from tasks.collect.place import Say
 from tasks.dataset import DefinitionFiles
 from tasks.errors import CollectError, DefinitionError, first_problem
+from tasks.ops.base import Effort, KernelSpec
+from tasks.settings import CollectSettings
 
 Json = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -34,28 +38,9 @@ _START_SECONDS = 1800
 """For importing torch and compiling FlashInfer's kernels, where nothing is cached."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much an evaluation may cost."""
-
-    row_seconds: int = 300
-    """Longest evaluation of one workload; flashinfer-bench's own limit."""
-    iterations: int | None = None
-    """Timed runs of a trial; flashinfer-bench's number if not given."""
-    trials: int | None = None
-
-    @property
-    def arguments(self) -> list[str]:
-        """The options of `flashinfer-bench run`."""
-        given = {
-            "--timeout": self.row_seconds,
-            "--iterations": self.iterations,
-            "--num-trials": self.trials,
-        }
-        return [text for name, n in given.items() if n is not None for text in (name, str(n))]
-
-
 _DEFAULT = Effort()
+_ROW_SECONDS = 300
+"""Flashinfer-bench's own limit for one workload."""
 _BUILD_ENVIRONMENT = (
     "CC",
     "CPATH",
@@ -183,7 +168,8 @@ def evaluate(
         dataset: the dataset.
         op_type: the definition's op type.
         name: the definition.
-        effort: how long a workload may take, how often it is timed.
+        effort: how long a workload may take and how often it is timed, where not as its op
+            module says.
         kept: folder for the traces and the log of a failed evaluation.
         gpu: `CUDA_VISIBLE_DEVICES` of the evaluation; by default the first device visible here.
 
@@ -199,6 +185,34 @@ def evaluate(
     if not result.passed and not result.not_evaluated:
         raise CollectError(f"{name}: {result}")
     return str(result)
+
+
+@contextmanager
+def leased_gpu(options: CollectSettings, say: Say, session: str) -> Iterator[str | None]:
+    """Hold a GPU to evaluate on while the block runs, where there is one.
+
+    Args:
+        options: which GPUs, where their locks are, how long to wait.
+        say: told who holds them while waiting.
+        session: shown to others who wait.
+
+    Raises:
+        CollectError: none was free in time, or the locks cannot be tried.
+        InputError: a configured GPU is none.
+    """
+    if unavailable():
+        yield None
+        return
+    gpus, limit = visible_gpus(options.gpus), options.lease_seconds
+    with lease(options.lease_dir, gpus, 1, on_wait=say, timeout=limit, session=session) as held:
+        yield held[0]
+
+
+def effort_of(options: CollectSettings) -> Effort:
+    """Return what the settings ask for."""
+    return Effort(
+        row_seconds=options.row_seconds, iterations=options.iterations, trials=options.trials
+    )
 
 
 def unavailable() -> str:
@@ -218,7 +232,7 @@ def evaluate_all(
     effort: Effort = _DEFAULT,
     kept: Path | None = None,
     gpu: str | None = None,
-    say: Callable[[str], None] = _log.info,
+    say: Say = _log.info,
 ) -> list[Evaluation]:
     """Run the baselines of definitions, in as few processes as flashinfer-bench allows.
 
@@ -230,7 +244,8 @@ def evaluate_all(
     Args:
         dataset: the dataset.
         places: the definitions; a baseline that is missing is written first.
-        effort: how long a workload may take, how often it is timed.
+        effort: how long a workload may take and how often it is timed, where not as the op
+            modules say.
         kept: folder for `{name}.traces.jsonl` and `{name}.log` of those that fail.
         gpu: `CUDA_VISIBLE_DEVICES` of the evaluation; by default the first device visible here.
         say: told what is being done.
@@ -245,8 +260,9 @@ def evaluate_all(
     """
     jobs, results = [], {}
     for place in places:
-        if _has_baseline(dataset, place):
-            jobs.append(_job(dataset, place))
+        spec = _spec(dataset, place)
+        if _has_baseline(dataset, place, spec):
+            jobs.append(_job(dataset, place, _effort(spec).under(effort)))
         else:
             why = "the kernel has no baseline"
             results[place] = Evaluation(place.name, place.op_type, not_evaluated=why)
@@ -254,7 +270,7 @@ def evaluate_all(
     if why:
         results |= {job.place: replace(job.blank, not_evaluated=why) for job in jobs}
         jobs = []
-    for result, text, log in _evaluated(dataset, jobs, effort, gpu, say):
+    for result, text, log in _evaluated(dataset, jobs, gpu, say):
         place = DefinitionFiles(result.op_type, result.definition)
         if result.passed:
             files.write_text(dataset / place.traces, text)
@@ -272,6 +288,7 @@ class _Job:
     solutions: tuple[str, ...]
     paths: tuple[PurePosixPath, ...]
     """Of its files, without traces."""
+    effort: Effort
 
     @property
     def blank(self) -> Evaluation:
@@ -291,22 +308,32 @@ class _Ran:
     seconds: float
 
 
-def _has_baseline(dataset: Path, place: DefinitionFiles) -> bool:
-    """Say whether a definition has a baseline; write it if it can be written."""
+def _spec(dataset: Path, place: DefinitionFiles) -> KernelSpec | None:
+    """Return the kernel of a definition, unless no op module knows it."""
     files.check_inside(
         dataset, place.definition.parent, place.workloads.parent, place.solutions, place.blobs
     )
-    if any((dataset / place.solutions).glob("*.json")):
-        return True
     definition = files.read_json_object(dataset / place.definition, "the definition")
     try:
-        spec = ops.op_module(place.op_type).spec_of(definition)
+        return ops.op_module(place.op_type).spec_of(definition)
     except DefinitionError:
-        return False  # no module knows how to wrap it
-    return write_baseline(dataset, spec) is not None
+        return None
 
 
-def _job(dataset: Path, place: DefinitionFiles) -> _Job:
+def _has_baseline(dataset: Path, place: DefinitionFiles, spec: KernelSpec | None) -> bool:
+    """Say whether a definition has a baseline; write it if its op module can."""
+    if any((dataset / place.solutions).glob("*.json")):
+        return True
+    return spec is not None and write_baseline(dataset, spec) is not None
+
+
+def _effort(spec: KernelSpec | None) -> Effort:
+    """Return what evaluating a workload of a kernel may cost by its op module."""
+    known = ops.op_module(spec.op_type).effort(spec) if spec else Effort()
+    return Effort(row_seconds=_ROW_SECONDS).under(known)
+
+
+def _job(dataset: Path, place: DefinitionFiles, effort: Effort) -> _Job:
     paths = tuple(path for path in place.staged(dataset) if path != place.traces)
     rows = list(_rows(dataset / place.workloads, paths))
     if not rows:
@@ -316,7 +343,7 @@ def _job(dataset: Path, place: DefinitionFiles) -> _Job:
         if path.parent == place.solutions:
             solution = files.read_json_object(dataset / path, "the solution")
             solutions.append(str(solution.get("name")))
-    return _Job(place, tuple(rows), tuple(solutions), paths)
+    return _Job(place, tuple(rows), tuple(solutions), paths, effort)
 
 
 def _rows(path: Path, staged: Sequence[PurePosixPath]) -> Iterator[str]:
@@ -419,33 +446,34 @@ def excerpt(log: str) -> str:
 def _evaluated(
     dataset: Path,
     jobs: Sequence[_Job],
-    effort: Effort,
     gpu: str | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[tuple[Evaluation, str, str]]:
     """Yield each definition's outcome, the text of its traces, and the log of the process."""
     for batch in _batches(jobs):
         say(f"evaluating {', '.join(job.place.name for job in batch)}")
-        ran = _run(dataset, batch, effort, gpu)
+        ran = _run(dataset, batch, gpu)
         for job in batch:
             result, of = _judge(job, ran), ran
             if result.incomplete and len(batch) > 1:
                 say(f"evaluating {job.place.name} by itself: {result.failures[0].reason}")
-                of = _run(dataset, [job], effort, gpu)
+                of = _run(dataset, [job], gpu)
                 result = _judge(job, of)
             lines = of.traces.get(job.place.name, [])
             yield result, "".join(f"{line}\n" for line in lines), of.outcome.output
 
 
 def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
-    """Divide jobs so that no two solutions of a batch have the same name.
+    """Divide jobs so that a batch has one effort, and no two solutions of the same name.
 
-    flashinfer-bench refuses such a dataset, though published ones are.
+    flashinfer-bench refuses a dataset with such solutions, though published ones are.
     """
     batches: list[list[_Job]] = []
     for job in jobs:
         for batch in batches:
-            if not any(set(job.solutions) & set(other.solutions) for other in batch):
+            if job.effort == batch[0].effort and not any(
+                set(job.solutions) & set(other.solutions) for other in batch
+            ):
                 batch.append(job)
                 break
         else:
@@ -455,11 +483,19 @@ def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
 
 def arguments(dataset: Path, names: Sequence[str], effort: Effort) -> list[str]:
     """Return what follows `flashinfer-bench`."""
-    return ["run", "--local", str(dataset), *effort.arguments, "--definitions", *names]
+    options = {
+        "--timeout": effort.row_seconds,
+        "--warmup-runs": effort.warmups,
+        "--iterations": effort.iterations,
+        "--num-trials": effort.trials,
+    }
+    given = [text for name, n in options.items() if n is not None for text in (name, str(n))]
+    return ["run", "--local", str(dataset), *given, "--definitions", *names]
 
 
-def _run(dataset: Path, batch: Sequence[_Job], effort: Effort, gpu: str | None) -> _Ran:
+def _run(dataset: Path, batch: Sequence[_Job], gpu: str | None) -> _Ran:
     """Evaluate definitions in one process, on copies of their files and of nothing else."""
+    effort = batch[0].effort
     with tempfile.TemporaryDirectory(prefix="onboard-evaluate-") as folder:
         copy, scratch = Path(folder) / "dataset", Path(folder) / "scratch"
         scratch.mkdir()
@@ -471,7 +507,7 @@ def _run(dataset: Path, batch: Sequence[_Job], effort: Effort, gpu: str | None) 
         rows = sum(len(job.uuids) * len(job.solutions) for job in batch)
         outcome = sandbox.run_python(
             ["-c", _COMMAND, *arguments(copy, [job.place.name for job in batch], effort)],
-            timeout=_START_SECONDS + 2 * effort.row_seconds * rows,
+            timeout=_START_SECONDS + 2 * (effort.row_seconds or _ROW_SECONDS) * rows,
             memory_gb=None,
             cwd=scratch,
             environment=_environment(scratch, gpu),

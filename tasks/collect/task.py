@@ -12,18 +12,16 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
 from tasks import manifest, settings
-from tasks.collect.evaluate import Effort, evaluate, unavailable
-from tasks.collect.lease import lease, visible_gpus
+from tasks.collect.evaluate import effort_of, evaluate, leased_gpu
 from tasks.collect.live import served_calls
 from tasks.collect.phase import collect_calls, plot_beside
-from tasks.collect.place import Outcome, Say
+from tasks.collect.place import Outcome
 from tasks.collect.realism import Realism
 from tasks.collect.sanitize import open_calls
 from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Session
-from tasks.manifest import DONE, KernelEntry
+from tasks.manifest import DONE
 from tasks.model import read_config
-from tasks.settings import CollectSettings
 from tasks.step import step
 
 _RETRIES = 12
@@ -115,7 +113,15 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     for warning in collected.realism.warnings:
         log.warning("%s: %s", name, warning)
     _show(name, plot_beside(provenance), collected.realism)
-    outcome = _evaluated(dataset, entry, options.collect, provenance.parent / "failed", log.info)
+    with leased_gpu(options.collect, log.info, name) as gpu:
+        outcome = evaluate(
+            dataset,
+            entry.op_type,
+            name,
+            effort=effort_of(options.collect),
+            kept=provenance.parent / "failed",
+            gpu=gpu,
+        )
     log.info("%s: baseline %s", name, outcome)
     manifest.update_kernel(
         path,
@@ -136,17 +142,3 @@ def _show(name: str, picture: Path, found: Realism) -> None:
         f"{found.markdown()}",
         description="How real the collected workloads look",
     )
-
-
-def _evaluated(
-    dataset: Path, entry: KernelEntry, options: CollectSettings, kept: Path, say: Say
-) -> str:
-    """Evaluate a baseline on a GPU of its own, where there is one."""
-    effort = Effort(options.row_seconds, options.iterations, options.trials)
-    op_type, name = entry.op_type, entry.definition_name
-    if unavailable():
-        return evaluate(dataset, op_type, name, effort=effort, kept=kept)
-    gpus = visible_gpus(options.gpus)
-    limit = options.lease_seconds
-    with lease(options.lease_dir, gpus, 1, on_wait=say, timeout=limit, session=name) as (gpu,):
-        return evaluate(dataset, op_type, name, effort=effort, kept=kept, gpu=gpu)

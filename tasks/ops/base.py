@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from string import Formatter
 from typing import Any, ClassVar, Literal, Protocol
@@ -284,6 +284,29 @@ def rows_of(
                 yield Rejected(call.id, str(error))
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much evaluating one workload may cost; None stands for flashinfer-bench's own number."""
+
+    row_seconds: int | None = None
+    """Longest run of the baseline on a workload, its correctness check and timing included."""
+    warmups: int | None = None
+    """Untimed runs before the timed ones, of the reference too."""
+    iterations: int | None = None
+    """Timed runs of a trial, of the reference too."""
+    trials: int | None = None
+
+    def under(self, asked: Effort) -> Effort:
+        """Return it with what was asked for in place of its own."""
+        given = {key: value for key, value in asdict(asked).items() if value is not None}
+        return replace(self, **given)
+
+
+SLOW_REFERENCE = Effort(warmups=1, iterations=3, trials=1)
+"""For a reference that computes token by token: a call takes seconds, and flashinfer-bench would
+time it 180 times per workload."""
+
+
 class OpModule(ABC):
     """All that is known about one op type.
 
@@ -436,6 +459,10 @@ class OpModule(ABC):
     def baseline(self, spec: KernelSpec) -> str | None:
         """Return the source of `run(...)` wrapping the FlashInfer API, if it can be wrapped."""
         return None
+
+    def effort(self, spec: KernelSpec) -> Effort:
+        """Say how much evaluating a workload of the kernel may cost."""
+        return Effort()
 
 
 class UnknownFamily(OpModule):

@@ -15,6 +15,7 @@ from flows.cli import app
 from tasks.collect import evaluate as evaluation
 from tasks.collect.baseline import write_baseline
 from tasks.collect.evaluate import Effort, evaluate, evaluate_all
+from tasks.collect.lease import lease
 from tasks.dataset import DefinitionFiles
 from tasks.errors import CollectError, DefinitionError, InputError
 from tests.conftest import DATA
@@ -52,11 +53,15 @@ def cli():
     run = parser.add_subparsers(required=True).add_parser("run")
     run.add_argument("--local", type=pathlib.Path)
     run.add_argument("--timeout", type=int)
+    for option in ("--warmup-runs", "--iterations", "--num-trials"):
+        run.add_argument(option)
     run.add_argument("--definitions", nargs="+")
     args = parser.parse_args()
     files = sorted(str(p.relative_to(args.local)) for p in args.local.rglob("*") if p.is_file())
     with (HERE / "calls.jsonl").open("a") as calls:
-        calls.write(json.dumps([args.definitions, args.timeout, files, dict(os.environ)]) + "\\n")
+        times = [args.warmup_runs, args.iterations, args.num_trials]
+        call = [args.definitions, args.timeout, files, dict(os.environ), times]
+        calls.write(json.dumps(call) + "\\n")
     script = json.loads((HERE / "script.json").read_text())
     seen = set()
     for path in sorted(args.local.glob("solutions/*/*/*/*.json")):
@@ -122,6 +127,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     (stub / "line.json").write_text(traces.splitlines()[0])
     monkeypatch.setenv("PYTHONPATH", str(stub))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("ONBOARD_COLLECT__LEASE_DIR", str(tmp_path / "leases"))
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", "/cache")
     monkeypatch.setenv("FLASHINFER_LOGLEVEL", "10")
@@ -136,6 +142,17 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 def calls(stub: Path) -> list[Any]:
     return [json.loads(line) for line in (stub / "calls.jsonl").read_text().splitlines()]
+
+
+def add(dataset: Path, op_type: str, name: str) -> DefinitionFiles:
+    """Add a published definition with one workload; no file of it depends on the row's inputs."""
+    place = DefinitionFiles(op_type, name)
+    for path in (place.definition, place.workloads):
+        (dataset / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(MINI / place.definition, dataset / place.definition)
+    workload = {"uuid": name, "axes": {}, "inputs": {}}
+    (dataset / place.workloads).write_text(json.dumps({"definition": name, "workload": workload}))
+    return place
 
 
 def uuids(dataset: Path, name: str) -> list[str]:
@@ -154,7 +171,7 @@ def test_passed_traces_come_into_the_dataset(dataset: Path, bench: Callable[...,
     assert evaluate(dataset, "gemm", ONE, effort=Effort(row_seconds=7)) == "PASSED on 3 workloads"
     written = [json.loads(line) for line in traces(dataset, ONE).read_text().splitlines()]
     assert [trace["workload"]["uuid"] for trace in written] == uuids(dataset, ONE)
-    [(definitions, timeout, files, environment)] = calls(stub)
+    [(definitions, timeout, files, environment, _)] = calls(stub)
     assert (definitions, timeout) == ([ONE], 7)
     assert files == sorted(
         [
@@ -166,6 +183,29 @@ def test_passed_traces_come_into_the_dataset(dataset: Path, bench: Callable[...,
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert environment["FLASHINFER_WORKSPACE_BASE"] == "/cache"
     assert not {"HF_TOKEN", "FLASHINFER_LOGLEVEL"} & set(environment)
+
+
+def test_an_op_module_says_what_evaluating_it_costs(
+    dataset: Path, bench: Callable[..., Path]
+) -> None:
+    """Definitions that cost the same share a process; what is asked for comes first."""
+    stub = bench()
+    drawn = add(dataset, "sampling", "top_k_top_p_sampling_from_probs_v151936")
+    ragged = add(dataset, "gqa_ragged", "gqa_ragged_prefill_causal_h32_kv4_d128")
+    paged = add(dataset, "gqa_paged", "gqa_paged_prefill_causal_h32_kv4_d128_ps1")
+    decode = add(dataset, "gqa_paged", "gqa_paged_decode_h32_kv4_d128_ps1")
+    one = DefinitionFiles("gemm", ONE)
+    everything = [drawn, ragged, paged, decode, one]
+    assert all(result.passed for result in evaluate_all(dataset, everything))
+    slow, default = ["1", "3", "1"], [None, None, None]
+    assert [(call[0], call[1], call[4]) for call in calls(stub)] == [
+        ([drawn.name], 3600, default),
+        ([ragged.name, paged.name], 300, slow),
+        ([decode.name, ONE], 300, default),
+    ]
+    (stub / "calls.jsonl").unlink()
+    evaluate_all(dataset, [ragged], effort=Effort(row_seconds=9, iterations=20))
+    assert [(call[1], call[4]) for call in calls(stub)] == [(9, ["1", "20", "1"])]
 
 
 def test_outcome_says_device_versions_and_times(dataset: Path, bench: Callable[..., Path]) -> None:
@@ -428,6 +468,28 @@ def test_wrong_input(dataset: Path, tmp_path: Path, names: list[str], reason: st
     code, _, err = run("--dataset", str(root), *(f"--definitions={name}" for name in names))
     assert code == 2
     assert reason in err
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_command_evaluates_on_a_gpu_of_its_own(
+    dataset: Path,
+    bench: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: bool,
+) -> None:
+    stub = bench()
+    monkeypatch.setenv("ONBOARD_COLLECT__LEASE_SECONDS", "0.01")
+    held = ("3", "5") if taken else ("3",)
+    with lease(tmp_path / "leases", held, len(held), on_wait=print, session="of another"):
+        code, out, err = run("--dataset", str(dataset), "--definitions", ONE)
+    if taken:
+        assert code == 1
+        assert "of another" in err
+        assert not (stub / "calls.jsonl").exists()
+    else:
+        assert code == 0, out
+        assert calls(stub)[0][3]["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 REAL = """
