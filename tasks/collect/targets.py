@@ -171,12 +171,32 @@ def _target(path: Path, model: ModelKernels | None) -> Target | NoTarget:
         form = form_of(definition, str(path))
         _check_place(form, path)
         spec = with_model(ops.family(op_type).spec_of(definition), model)
+        _check_known(form, ops.op_module(op_type).definition(spec), path)
     except (CollectError, DefinitionError, InputError) as error:
         return NoTarget(name, op_type, str(error))
     provider = ops.op_module(op_type).provider(spec)
     if not isinstance(provider, FlashInferApi):
         return NoTarget(name, op_type, f"has no FlashInfer call to collect ({provider.reason})")
     return Target(form, definition, spec)
+
+
+def _check_known(form: Form, own: dict[str, Any], path: Path) -> None:
+    """Check that what rows leave random is what the family looks for in a call.
+
+    Of another input nobody would notice that the calls had none, or one of another type.
+
+    Raises:
+        CollectError: an input is not the family's own.
+    """
+    for name, given in form.inputs.items():
+        known = own["inputs"].get(name)
+        same = known and (given.dtype, list(given.shape or ())) == (known["dtype"], known["shape"])
+        if given.may_be_random and not same:
+            meant = f"{known['dtype']} {known['shape']}" if known else "none of that name"
+            raise CollectError(
+                f"{path}: input {name} is {given.dtype} {list(given.shape or ())}, calls are "
+                f"checked for {meant}: a row would claim a tensor that no call is known to have had"
+            )
 
 
 def _check_place(form: Form, path: Path) -> None:

@@ -27,6 +27,11 @@ def tensor_of(call: Call, name: str, dimensions: int) -> Tensor:
         DumpError: the call has no such tensor, or it has not so many dimensions.
     """
     found = call.tensors.get(name)
+    if found is None and call.values.get(name, _MISSING) is None:
+        raise DumpError(
+            f"{call.name}: {name} is None, and a row cannot leave an input out (FlashInfer-Bench "
+            "makes up random values for it)"
+        )
     if found is None:
         raise DumpError(f"{call.name}: the dump has no tensor {name!r}")
     if len(found.shape) != dimensions:

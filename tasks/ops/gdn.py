@@ -11,7 +11,12 @@ k^T; output = scale * state q. Here g = exp(-exp(A_log) * softplus(a + dt_bias))
 
 The definitions take q and k as they are, as the published ones do. SGLang's prefill normalises them
 before the call; its decode and its verification let the kernel do it (`use_qk_l2norm`), which is
-another function: such calls are no rows.
+another function, of which no definition is published: such calls are no rows.
+
+Where tokens follow each other, rows store the keys. A token multiplies the state by
+g (1 - beta k k^T): for keys of length one, as calls have them, nothing grows; random keys are
+longer, and the states of most heads overflow within some hundred tokens. (Published rows store q,
+v, states and gates too. Nothing needs that: gates are between 0 and 1 whatever they are made of.)
 
 Key and value heads are sharded by tp, which must divide both (sglang/srt/models/qwen3_next.py:
 `num_k_heads // attn_tp_size`, `num_v_heads // attn_tp_size`).
@@ -34,10 +39,13 @@ from tasks.ops.arguments import (
     default_scale,
     stored,
     tensor_of,
+    value_of,
 )
 from tasks.ops.base import (
+    SLOW_REFERENCE,
     Call,
     DumpError,
+    Effort,
     FlashInferApi,
     Json,
     KernelSpec,
@@ -55,6 +63,8 @@ from tasks.ops.base import (
 )
 
 _FLAGS = ("--linear-attn-backend flashinfer",)
+_NORM = "use_qk_l2norm"
+"""What the names of the setting begin with by which the kernel normalises q and k."""
 
 _HEADER = """\
 import math
@@ -410,7 +420,7 @@ _STAGES = {
         api=_api(
             "flashinfer.gdn_prefill.chunk_gated_delta_rule",
             former=("flashinfer.gdn.chunk_gated_delta_rule",),
-            reads=("cu_seqlens",),
+            reads=("cu_seqlens", "k"),
         ),
         body=_PREFILL,
         baseline=_PREFILL_BASELINE,
@@ -444,7 +454,7 @@ _STAGES = {
             "flashinfer.gdn_decode.gated_delta_rule_mtp",
             "--speculative-algorithm NEXTN",
             "--speculative-eagle-topk 1",
-            reads=("initial_state_indices",),
+            reads=("initial_state_indices", "k"),
         ),
         body=_MTP,
         baseline=_MTP_BASELINE,
@@ -625,7 +635,7 @@ class Gdn(OpModule):
         return None
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
-        """One row per call that takes q and k as they are, with its offsets or slots."""
+        """One row per call that takes q and k as they are, with its offsets or slots and keys."""
         definition = self.definition(spec)
         (dumped,) = _STAGES[spec.variant].api.dumps
         return rows_of(calls, dumped, lambda call: self._row(spec, definition, call))
@@ -638,6 +648,11 @@ class Gdn(OpModule):
         """
         stage = _STAGES[spec.variant]
         for name, (wanted, default) in stage.settings.items():
+            if name.startswith(_NORM) and value_of(call, name, default) is True:
+                raise DumpError(
+                    f"{call.name}: {name} is True: the kernel normalises q and k first, the "
+                    "definition takes them as they are, and none that does it is published"
+                )
             check_setting(call, name, wanted, default=default)
         check_without(call, stage.extras)
         axes = bound_axes(call, definition, stage.parameters, stage.other_dtype)
@@ -665,6 +680,8 @@ class Gdn(OpModule):
             # The pool ends with the last slot used: what lies behind it is neither read nor
             # written, and can be most of a GPU's memory.
             axes["pool_size"] = int(slots.max()) + 1
+        if "k" in _STAGES[spec.variant].api.reads:
+            tensors["k"] = stored(call, definition, "k")
         scale = default_scale(call, spec.axes["head_size"])
         return Row(axes=axes, tensors=tensors, scalars={"scale": scale}, calls=(call.id,))
 
@@ -672,6 +689,10 @@ class Gdn(OpModule):
         """Call the API; the model's gates are computed here where it takes them ready."""
         arguments = ", ".join(self.definition(spec)["inputs"])
         return _STAGES[spec.variant].baseline.format(arguments=arguments)
+
+    def effort(self, spec: KernelSpec) -> Effort:
+        """The reference of prefill computes token by token."""
+        return SLOW_REFERENCE if spec.variant == "prefill" else Effort()
 
 
 def _check_buffer(call: Call, spec: KernelSpec, axes: Mapping[str, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tasks.model import Attention, ModelConfig, Serving
+from tasks.model import SOFTMAX, Attention, ModelConfig, Serving
 from tasks.ops.base import (
     Json,
     KernelSpec,
@@ -78,8 +78,8 @@ def _unpublished(model: ModelConfig) -> Iterator[Unmapped]:
     reason = "no GEMM definition is published for such projections"
     if model.is_mla:
         yield Unmapped("linear layers of latent attention (q_a, q_b, kv_a, kv_b, o_proj)", reason)
-    for kind in ("linear_attention", "mamba"):
-        if model.mixers.get(kind) and not model.model_type.startswith("minimax"):
+    for kind in model.mixers:
+        if kind not in SOFTMAX and not model.model_type.startswith("minimax"):
             yield Unmapped(f"linear layers of {kind} (in_proj, out_proj)", reason)
     if model.moe_layers and model.fields.count(*_SHARED_EXPERTS):
         yield Unmapped("linear layers of shared experts", reason)

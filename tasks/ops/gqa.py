@@ -19,8 +19,10 @@ from typing import Literal
 
 from tasks.model import SOFTMAX, ModelConfig, Serving
 from tasks.ops.base import (
+    SLOW_REFERENCE,
     Call,
     DumpError,
+    Effort,
     FlashInferApi,
     Hint,
     Json,
@@ -757,6 +759,10 @@ class GqaPaged(OpModule):
         body = _DECODE_BASELINE if decode else _PAGED_BASELINE
         return head + body.format(arguments=arguments, last_page=last)
 
+    def effort(self, spec: KernelSpec) -> Effort:
+        """The reference of prefill computes token by token, head by head."""
+        return SLOW_REFERENCE if spec.variant == "prefill" else Effort()
+
 
 @register
 class GqaRagged(OpModule):
@@ -865,3 +871,7 @@ class GqaRagged(OpModule):
     def baseline(self, spec: KernelSpec) -> str:
         """Plan and run the wrapper."""
         return ragged_baseline(self.definition(spec)["inputs"])
+
+    def effort(self, spec: KernelSpec) -> Effort:
+        """The reference computes token by token, head by head."""
+        return SLOW_REFERENCE

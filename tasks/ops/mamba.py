@@ -6,6 +6,10 @@ dt) * state + dt * x B^T; output = state C + D * x. B and C belong to groups of 
 Sharding is SGLang's (sglang/srt/layers/attention/mamba/mamba.py: MambaMixer2): tp must divide the
 heads; it divides the groups too, or there is one group, which every rank gets (not for quantised
 models).
+
+The kernel takes one value per head of dt, A, D and dt_bias, spread over their other axes by strides
+of 0, and refuses all else; the published definition has the axes, of which random values would
+differ. Rows therefore store these four, in which a head's values are the same.
 """
 
 from __future__ import annotations
@@ -184,6 +188,8 @@ _AXES = {
 
 _DUMPED = "selective_state_update"
 _PADDING = -1
+_TIED = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
+"""Inputs of one value per head -> how many axes follow those that it differs in."""
 _INPUTS = ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "state_batch_indices")
 _EXTRAS = (
     *("z", "state_scale", "rand_seed", "dst_state_batch_indices", "cu_seqlens"),
@@ -209,7 +215,7 @@ class MambaSsu(OpModule):
             # The definition's states are bfloat16; many configs ask SGLang for float32.
             server_flags=("--mamba-backend flashinfer", "--mamba-ssm-dtype bfloat16"),
             sglang_layer="python/sglang/kernels/ops/mamba/triton_ops/ssu_dispatch.py",
-            reads=("state_batch_indices",),
+            reads=("state_batch_indices", *_TIED),
         ),
     )
     placement = frozenset({"state_cache_size"})
@@ -324,7 +330,7 @@ class MambaSsu(OpModule):
         return None
 
     def rows(self, spec: KernelSpec, calls: Sequence[Call]) -> Iterator[Row | Rejected]:
-        """One row per call of one token for each sequence, with the slots of their states."""
+        """One row per call of one token for each sequence, with the slots and what is per head."""
         definition = self.definition(spec)
         return rows_of(calls, _DUMPED, lambda call: _row(call, definition))
 
@@ -338,10 +344,6 @@ class MambaSsu(OpModule):
 
 def _axes_of(call: Call, definition: Json) -> dict[str, int]:
     """Check a call against a definition and return the var axes.
-
-    That `dt`, `A`, `D` and `dt_bias` have one value per head needs no check: FlashInfer refuses a
-    call in which their other strides are not 0 (selective_state_update.cu). A dump does not show
-    it, since a copy to the host is dense.
 
     Raises:
         DumpError: it is a call of another kernel.
@@ -376,7 +378,24 @@ def _row(call: Call, definition: Json) -> Row:
             f"{call.name}: {axes['batch_size']} sequences, {axes['state_cache_size']} slots"
         )
     axes["state_cache_size"] = size
-    return Row(axes=axes, tensors={"state_batch_indices": slots}, calls=(call.id,))
+    tied = {name: _tied(call, definition, name) for name in _TIED}
+    return Row(axes=axes, tensors={"state_batch_indices": slots, **tied}, calls=(call.id,))
+
+
+def _tied(call: Call, definition: Json, name: str) -> np.ndarray:
+    """Return the values of an input that has one for each head.
+
+    FlashInfer refuses calls with others, by their strides (selective_state_update.cu). A dump does
+    not have these: a copy to the host is dense.
+
+    Raises:
+        DumpError: a head has several.
+    """
+    values = stored(call, definition, name)
+    heads = values.reshape(*values.shape[: values.ndim - _TIED[name]], -1)
+    if (heads != heads[..., :1]).any():
+        raise DumpError(f"{call.name}: {name} has several values for a head, FlashInfer takes one")
+    return values
 
 
 def _spellings(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:

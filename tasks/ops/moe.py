@@ -171,6 +171,11 @@ _KERNELS = {
     ),
 }
 
+_SCALED = {"fp8_block_scale": "block", "fp8_per_tensor": "tensor"}
+"""Variant -> of what its weights have one scale."""
+_BY_CHANNEL = ("fbgemm_fp8", "w8a8_fp8")
+"""Ways to quantise with one scale for each output channel (SGLang's fpgemm_fp8.py, w8a8_fp8.py)."""
+
 _STORED = ("routing_logits", "routing_bias", "topk_ids")
 """Inputs that decide the routing."""
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -646,6 +651,43 @@ def _routing(model: ModelConfig, moe: Moe) -> _Routing | str:
     )
 
 
+def _other_scales(variant: str, model: ModelConfig) -> str:
+    """Return how an FP8 checkpoint's weights are scaled, if not as the kernel takes them."""
+    taken = _SCALED.get(variant)
+    if taken is None or model.quantization is None or model.quantization.width != "fp8":
+        return ""
+    scaled = _scaled_by(model)
+    if scaled == taken:
+        return ""
+    return f"it takes one scale for each {taken}, the checkpoint has one for each {scaled}"
+
+
+def _scaled_by(model: ModelConfig) -> str:
+    """Return what shares a scale in an FP8 checkpoint: a `block`, `channel` or `tensor`.
+
+    By what SGLang's layers/quantization reads: `weight_block_size` (fp8.py), the strategy of
+    compressed-tensors. ModelOpt has one for each tensor (modelopt_quant.py), and says so elsewhere.
+
+    Raises:
+        ConfigError: a field of it is of the wrong type.
+    """
+    fields = model.fields
+    config = fields.nested("quantization_config") or fields.nested("compression_config")
+    if config is None:
+        return "tensor"
+    if config.has("weight_block_size"):
+        return "block"
+    groups = config.nested("config_groups")
+    if groups is not None:
+        for name in groups.raw:
+            group = groups.nested(name)
+            weights = group.nested("weights") if group else None
+            strategy = weights.text("strategy") if weights else None
+            if strategy:
+                return strategy
+    return "channel" if config.text("quant_method") in _BY_CHANNEL else "tensor"
+
+
 def _route(spec: KernelSpec) -> str:
     return {
         _Routing.DEEPSEEK.value: _ROUTE_DEEPSEEK,
@@ -738,7 +780,11 @@ class FusedMoe(OpModule):
                 f"{local} experts of a rank are fewer than top_k={moe.top_k}",
             )
         for variant in variants:
-            yield self._spec(variant, routing, model, moe, serving)
+            other = _other_scales(variant, model)
+            if other:
+                yield NotProduced(_KERNELS[variant].api, other)
+            else:
+                yield self._spec(variant, routing, model, moe, serving)
 
     def _spec(
         self, variant: str, routing: _Routing, model: ModelConfig, moe: Moe, serving: Serving
@@ -1069,6 +1115,9 @@ class FusedMoe(OpModule):
         if "topk_ids" in tensors:
             experts = tensors["topk_ids"] >> 16
             check_range(call, "topk_ids >> 16", experts, 0, spec.axes["num_local_experts"] - 1)
+            # A bfloat16 whose exponent is all ones.
+            if (tensors["topk_ids"] & 0x7F80 == 0x7F80).any():
+                raise DumpError(f"{call.name}: topk_ids has weights that are not finite")
         scalars = {}
         if "local_expert_offset" in inputs:
             offset = scalar_of(call, spec, "local_expert_offset", "local_expert_offset")
@@ -1121,12 +1170,15 @@ def _groups(call: Call, name: str) -> int:
 
 
 def _check_packed_weights(call: Call, spec: KernelSpec) -> None:
-    """Check the shape of the weights of up and gate, of which FP4 has two numbers in a byte.
+    """Check the shapes of the weights, of which FP4 has two numbers in a byte.
 
     Raises:
-        DumpError: they are of another model.
+        DumpError: one is missing, or they are of another model.
     """
-    axes = spec.axes
-    experts, rows, columns = tensor_of(call, "gemm1_weights", 3).shape
-    seen = {"num_local_experts": experts, "gemm1_out_size": rows, "hidden_size": 2 * columns}
-    check_axes(call, seen, {**axes, "gemm1_out_size": 2 * axes["intermediate_size"]})
+    wanted = {**spec.axes, "gemm1_out_size": 2 * spec.axes["intermediate_size"]}
+    for name, output, width in (
+        ("gemm1_weights", "gemm1_out_size", "hidden_size"),
+        ("gemm2_weights", "hidden_size", "intermediate_size"),
+    ):
+        experts, rows, columns = tensor_of(call, name, 3).shape
+        check_axes(call, {"num_local_experts": experts, output: rows, width: 2 * columns}, wanted)

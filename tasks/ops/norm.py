@@ -312,8 +312,13 @@ class RmsNorm(OpModule):
             )
         if rows == 0:
             raise DumpError(f"{call.name}: empty input")
-        check_tensor(call, "residual", (rows, hidden))
-        check_tensor(call, "weight", (hidden,))
+        shapes: dict[str, tuple[int, ...]] = {"weight": (hidden,)}
+        if spec.variant == "fused_add_rmsnorm":
+            shapes["residual"] = (rows, hidden)
+        for name, shape in shapes.items():
+            if name not in call.tensors:
+                raise DumpError(f"{call.name}: the dump has no tensor {name!r}")
+            check_tensor(call, name, shape)
         return Row(axes={"batch_size": rows}, calls=(call.id,))
 
     def baseline(self, spec: KernelSpec) -> str:

@@ -10,6 +10,7 @@ from tasks.model import ModelConfig, Serving
 from tasks.ops.base import (
     Call,
     DumpError,
+    Effort,
     FlashInferApi,
     Hint,
     Json,
@@ -344,3 +345,7 @@ class Sampling(OpModule):
     def baseline(self, spec: KernelSpec) -> str:
         """Wrap the FlashInfer function."""
         return _BASELINE.format(function=spec.variant, arguments=", ".join(_FILTERS[spec.variant]))
+
+    def effort(self, spec: KernelSpec) -> Effort:
+        """Draws are counted one by one: half a million for each sequence of the batch."""
+        return Effort(row_seconds=3600)

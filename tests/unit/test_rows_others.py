@@ -10,7 +10,10 @@ import ast
 import importlib.util
 import inspect
 import math
+import sys
+import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from tasks.collect.rows import form_of
 from tasks.ops import op_module, registry
 from tasks.ops.base import DumpError, FlashInferApi, KernelSpec, OpModule, Rejected, Row, Scalar
 from tests.unit.test_ops import PUBLISHED
+
+with suppress(ImportError):  # the bench extra: tests marked so are skipped without it
+    import torch
 
 BF16, FP8, F32, I32, I64 = "bfloat16", "float8_e4m3fn", "float32", "int32", "int64"
 
@@ -318,7 +324,8 @@ def test_a_factor_that_no_dump_has_is_the_models() -> None:
         ({"routing_method_type": ...}, "the routing is default, the definition has ds_routing"),
         ({"top_k": True}, "top_k is True, not an integer"),
         ({"top_k": ...}, "the dump has no top_k"),
-        ({"routing_bias": None}, "the dump has no tensor 'routing_bias'"),
+        ({"routing_bias": None}, "routing_bias is None, and a row cannot leave an input out"),
+        ({"routing_bias": ...}, "the dump has no tensor 'routing_bias'"),
         ({"routing_logits": ...}, "the dump has no tensor 'routing_logits'"),
         (
             {"routing_logits": data(LOGITS[:, :128], np.float32)},
@@ -401,7 +408,7 @@ def test_a_call_of_other_experts_is_no_row(arguments: dict[str, Any], reason: st
         (
             FP4_LLAMA4,
             llama4("trtllm_fp4_block_scale_moe", routing_bias=None),
-            "no tensor 'routing_bias'",
+            "routing_bias is None, and a row cannot leave an input out",
         ),
         (
             PER_TENSOR_LLAMA4,
@@ -415,6 +422,18 @@ def test_a_call_of_other_experts_is_no_row(arguments: dict[str, Any], reason: st
                 topk_ids=data(np.full((3, 8), 128 << 16), np.int32),
             ),
             "topk_ids >> 16 has values from 128 to 128, expected from 0 to 127",
+        ),
+        (
+            FP4_ROUTED,
+            qwen3(
+                "trtllm_fp4_block_scale_routed_moe", topk_ids=data(np.full((3, 8), 0x7FC0), "i4")
+            ),
+            "topk_ids has weights that are not finite",
+        ),
+        (
+            FP4,
+            qwen3("trtllm_fp4_block_scale_moe", gemm2_weights=shaped("uint8", 128, 2048, 768)),
+            "intermediate_size is 1536, the definition has 768",
         ),
         (
             FP4_ROUTED,
@@ -466,6 +485,13 @@ def gates(*rows: int) -> dict[str, Tensor]:
     }
 
 
+def keys(*rows: int) -> Tensor:
+    """Keys of length one."""
+    values = RANDOM.standard_normal((*rows, 8, 128))
+    values /= np.linalg.norm(values, axis=-1, keepdims=True)
+    return data(values, ml_dtypes.bfloat16)
+
+
 def gdn_decode(**arguments: Any) -> Call:
     """As SGLang calls it on Hopper, but for the normalisation."""
     tensors = {**heads(4, 1), "state": shaped(F32, 4, 16, 128, 128), **gates(4, 1)}
@@ -478,6 +504,7 @@ def gdn_prefill(**arguments: Any) -> Call:
     """As SGLang calls it: normalised before, the gates ready."""
     tensors = {
         **heads(9),
+        "k": keys(9),
         "g": shaped(F32, 9, 16),
         "beta": shaped(F32, 9, 16),
         "initial_state": shaped(F32, 3, 16, 128, 128),
@@ -497,6 +524,7 @@ def gdn_prefill(**arguments: Any) -> Call:
 def gdn_mtp(**arguments: Any) -> Call:
     tensors = {
         **heads(2, 3),
+        "k": keys(2, 3),
         "initial_state": shaped(F32, 90, 16, 128, 128),
         "initial_state_indices": data([7, 2], np.int32),
         **gates(2, 3),
@@ -525,9 +553,10 @@ def test_gdn_rows(stage: str, call: Call, axes: dict[str, int], scale: float) ->
     row = row_of(spec_of(GDN[stage]), call)
     assert row.axes == axes
     assert {name: scalar.value for name, scalar in row.scalars.items()} == {"scale": scale}
-    stored = {"prefill": {"cu_seqlens"}, "mtp": {"initial_state_indices"}}.get(stage, set())
-    assert set(row.tensors) == stored
-    for name in stored:
+    stored = {"prefill": {"cu_seqlens", "k"}, "mtp": {"initial_state_indices", "k"}}
+    stored.setdefault("decode", set())
+    assert set(row.tensors) == stored[stage]
+    for name in stored[stage]:
         assert np.array_equal(row.tensors[name], call.tensors[name].load())
     check_implied(GDN[stage], call)
 
@@ -540,6 +569,43 @@ def test_offsets_of_32_bits_are_stored_as_the_definition_has_them() -> None:
     assert offsets.tolist() == [0, 0, 8, 9]
 
 
+@pytest.mark.bench_extra
+def test_the_keys_of_a_row_keep_the_recurrence_finite() -> None:
+    """What FlashInfer-Bench makes up for all else is as random as here."""
+    rows, size = 300, 64
+    values = RANDOM.standard_normal((rows, 1, size))
+    values /= np.linalg.norm(values, axis=-1, keepdims=True)
+    call = gdn_prefill(
+        q=shaped(BF16, rows, 1, size),
+        k=data(values, ml_dtypes.bfloat16),
+        v=shaped(BF16, rows, 4, size),
+        g=shaped(F32, rows, 4),
+        beta=shaped(F32, rows, 4),
+        initial_state=shaped(F32, 2, 4, size, size),
+        cu_seqlens=data([0, 40, rows], np.int64),
+    )
+    spec = implied(call)
+    assert spec is not None
+    row, definition = row_of(spec, call), op_module("gdn").definition(spec)
+    axes = {**spec.axes, **row.axes}
+    torch.manual_seed(3)
+    made = {
+        name: torch.randn([axes[axis] for axis in declared["shape"]])
+        for name, declared in definition["inputs"].items()
+        if declared["dtype"] in (BF16, F32) and declared["shape"]
+    }
+    made |= {"cu_seqlens": torch.from_numpy(row.tensors["cu_seqlens"]), "scale": 0.125}
+    namespace: dict[str, Any] = {}
+    exec(definition["reference"], namespace)
+    keys = torch.from_numpy(row.tensors["k"].astype(np.float32))
+    output, state = namespace["run"](**{**made, "k": keys})
+    assert output.isfinite().all()
+    # The states begin with numbers up to 5, and nothing adds more than a value for each token.
+    assert state.abs().max() < 5
+    _, state = namespace["run"](**made)
+    assert not state.isfinite().all()
+
+
 def offsets(*values: int) -> dict[str, Tensor]:
     return {"cu_seqlens": data(values, np.int64)}
 
@@ -548,13 +614,19 @@ def offsets(*values: int) -> dict[str, Tensor]:
     ("stage", "call", "reason"),
     [
         # What SGLang passes at decode and verification, and what is passed if nothing is said.
-        ("decode", gdn_decode(use_qk_l2norm=True), "use_qk_l2norm is True, the definition has F"),
-        ("decode", gdn_decode(use_qk_l2norm=...), "use_qk_l2norm is True, the definition has F"),
-        ("mtp", gdn_mtp(use_qk_l2norm=True), "use_qk_l2norm is True, the definition has False"),
+        (
+            "decode",
+            gdn_decode(use_qk_l2norm=True),
+            "use_qk_l2norm is True: the kernel normalises q and k first, the definition takes them "
+            "as they are, and none that does it is published",
+        ),
+        ("decode", gdn_decode(use_qk_l2norm=...), "use_qk_l2norm is True: the kernel normalises"),
+        ("decode", gdn_decode(use_qk_l2norm=1), "use_qk_l2norm is 1, the definition has False"),
+        ("mtp", gdn_mtp(use_qk_l2norm=True), "use_qk_l2norm is True: the kernel normalises"),
         (
             "prefill",
             gdn_prefill(use_qk_l2norm_in_kernel=True),
-            "use_qk_l2norm_in_kernel is True, the definition has False",
+            "use_qk_l2norm_in_kernel is True: the kernel normalises q and k first",
         ),
         # As SGLang calls it on Blackwell.
         (
@@ -562,7 +634,7 @@ def offsets(*values: int) -> dict[str, Tensor]:
             gdn_decode(state=None, initial_state=shaped(F32, 90, 16, 128, 128)),
             "called with initial_state",
         ),
-        ("decode", gdn_decode(state=None), "the dump has no tensor 'state'"),
+        ("decode", gdn_decode(state=None), "state is None, and a row cannot leave an input out"),
         (
             "decode",
             gdn_decode(state=shaped(BF16, 4, 16, 128, 128)),
@@ -589,8 +661,9 @@ def offsets(*values: int) -> dict[str, Tensor]:
             "num_v_heads is 32, the definition has 16 (v)",
         ),
         ("decode", gdn_decode(scale="0.1"), "scale is '0.1', not a number"),
-        ("prefill", gdn_prefill(initial_state=None), "the dump has no tensor 'initial_state'"),
-        ("prefill", gdn_prefill(g=None), "the dump has no tensor 'g'"),
+        ("prefill", gdn_prefill(initial_state=None), "initial_state is None, and a row cannot"),
+        ("prefill", gdn_prefill(g=None), "g is None, and a row cannot leave an input out"),
+        ("prefill", gdn_prefill(g=...), "the dump has no tensor 'g'"),
         ("prefill", gdn_prefill(output_final_state=...), "output_final_state is False"),
         ("prefill", gdn_prefill(**offsets(0, 9)), "2 offsets for 3 states"),
         ("prefill", gdn_prefill(**offsets(0, 2, 8, 10)), "offsets from 0 to 9 (it begins with 0"),
@@ -622,7 +695,11 @@ def offsets(*values: int) -> dict[str, Tensor]:
             "is int64, the definition has int32, which does not have 1 of the 2 values",
         ),
         ("mtp", gdn_mtp(disable_state_update=False), "disable_state_update is False"),
-        ("mtp", gdn_mtp(intermediate_states_buffer=None), "no tensor 'intermediate_states_buffer'"),
+        (
+            "mtp",
+            gdn_mtp(intermediate_states_buffer=None),
+            "intermediate_states_buffer is None, and",
+        ),
         (
             "mtp",
             gdn_mtp(intermediate_states_buffer=shaped(F32, 1, 3, 16, 128, 128)),
@@ -654,18 +731,35 @@ def test_what_no_definition_computes_implies_none(call: Call) -> None:
 MAMBA = "mamba_ssu_decode_h64_d64_s128_ng4"
 
 
+TIED = {"dt", "A", "D", "dt_bias"}
+
+
+def per_head(dtype: Any, rows: tuple[int, ...], *spread: int) -> Tensor:
+    """One value for each of `rows`, spread over the axes that follow."""
+    values = RANDOM.standard_normal((*rows, *(1 for _ in spread))).astype(dtype)
+    array = np.broadcast_to(values, (*rows, *spread))
+    return Tensor(array.shape, array.dtype.name, array)
+
+
+def uneven(name: str, *index: int) -> Tensor:
+    """The argument with one element that is not its head's value."""
+    values = np.array(mamba().tensors[name].load())
+    values[index] += 1
+    return data(values, values.dtype)
+
+
 def mamba(*slots: int, **arguments: Any) -> Call:
     """As SGLang calls it: what is one value per head is dense in the dump."""
     batch = len(slots) or 3
     tensors = {
         "state": shaped(BF16, 500, 64, 64, 128),
         "x": shaped(BF16, batch, 64, 64),
-        "dt": shaped(BF16, batch, 64, 64),
-        "A": shaped(F32, 64, 64, 128),
+        "dt": per_head(ml_dtypes.bfloat16, (batch, 64), 64),
+        "A": per_head(np.float32, (64,), 64, 128),
         "B": shaped(BF16, batch, 4, 128),
         "C": shaped(BF16, batch, 4, 128),
-        "D": shaped(BF16, 64, 64),
-        "dt_bias": shaped(BF16, 64, 64),
+        "D": per_head(ml_dtypes.bfloat16, (64,), 64),
+        "dt_bias": per_head(ml_dtypes.bfloat16, (64,), 64),
         "state_batch_indices": data(slots or (9, 4, 30), np.int32),
         "out": shaped(BF16, batch, 64, 64),
     }
@@ -689,14 +783,53 @@ def mamba(*slots: int, **arguments: Any) -> Call:
     [((9, 4, 30), 31), ((499,), 500), ((3, -1, 0), 4), ((0, -1, -1, -1), 4)],
 )
 def test_mamba_rows(slots: tuple[int, ...], cache: int) -> None:
-    row = row_of(spec_of(MAMBA), mamba(*slots))
+    call = mamba(*slots)
+    row = row_of(spec_of(MAMBA), call)
     assert row.axes == {"batch_size": len(slots), "state_cache_size": cache}
-    assert {name: values.tolist() for name, values in row.tensors.items()} == {
-        "state_batch_indices": list(slots)
-    }
+    assert row.tensors.keys() == {"state_batch_indices", *TIED}
+    assert row.tensors["state_batch_indices"].tolist() == list(slots)
     assert row.tensors["state_batch_indices"].dtype == np.int32
+    for name in TIED:
+        assert np.array_equal(row.tensors[name], call.tensors[name].load())
     assert row.scalars == {}
-    check_implied(MAMBA, mamba(*slots))
+    check_implied(MAMBA, call)
+
+
+@pytest.mark.bench_extra
+def test_on_a_row_the_baseline_computes_what_the_reference_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With an API that takes strides of 0 only, as FlashInfer's does."""
+    spec, module = spec_of(MAMBA), op_module("mamba_ssu")
+    row, definition = row_of(spec, mamba(2, -1, 0)), module.definition(spec_of(MAMBA))
+    reference: dict[str, Any] = {}
+    exec(definition["reference"], reference)
+
+    def api(state: Any, *given: Any, dt_bias: Any, state_batch_indices: Any, **more: Any) -> None:
+        _, dt, rate, *_, share = given
+        assert all(t.stride(-1) == 0 for t in (dt, rate, share, dt_bias))
+        assert rate.stride(-2) == 0
+        output, updated = reference["run"](state, *given, dt_bias, state_batch_indices)
+        state.copy_(updated)
+        more["out"].copy_(output)
+
+    fake = types.ModuleType("flashinfer.mamba")
+    monkeypatch.setattr(fake, "selective_state_update", api, raising=False)
+    monkeypatch.setitem(sys.modules, "flashinfer.mamba", fake)
+    baseline: dict[str, Any] = {}
+    exec(module.baseline(spec) or "", baseline)
+    axes = {**spec.axes, **row.axes}
+    torch.manual_seed(3)
+    inputs = {
+        name: torch.randn([axes[axis] for axis in declared["shape"]])
+        for name, declared in definition["inputs"].items()
+    }
+    inputs |= {
+        name: torch.from_numpy(values.astype(np.int32 if "indices" in name else np.float32))
+        for name, values in row.tensors.items()
+    }
+    expected, got = reference["run"](**inputs), baseline["run"](**inputs)
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
 
 
 def test_slots_of_64_bits_are_stored_as_the_definition_has_them() -> None:
@@ -714,18 +847,22 @@ def test_slots_of_64_bits_are_stored_as_the_definition_has_them() -> None:
         (mamba(-1, -1), "all of 2 slots are padding"),
         (mamba(5, 5), "two sequences have the same slot"),
         (mamba(0, -1, state=shaped(BF16, 1, 64, 64, 128)), "2 sequences, 1 slots"),
-        (mamba(state_batch_indices=None), "the dump has no tensor 'state_batch_indices'"),
+        (mamba(state_batch_indices=None), "state_batch_indices is None, and a row cannot leave"),
         (mamba(state=shaped(F32, 500, 64, 64, 128)), "state is float32, the definition has bfloat"),
         (mamba(state=shaped(BF16, 500, 4096, 128)), "state has 3 dimensions, expected 4"),
         (mamba(state=shaped(BF16, 500, 128, 64, 128)), "nheads is 128, the definition has 64"),
         (mamba(B=shaped(BF16, 3, 8, 128)), "ngroups is 8, the definition has 4 (B)"),
+        (mamba(A=uneven("A", 3, 5, 7)), "A has several values for a head, FlashInfer takes one"),
+        (mamba(D=uneven("D", 63, 63)), "D has several values for a head"),
+        (mamba(dt=uneven("dt", 2, 0, 1)), "dt has several values for a head"),
+        (mamba(dt_bias=uneven("dt_bias", 0, 1)), "dt_bias has several values for a head"),
         (mamba(dt=shaped(F32, 3, 64, 64)), "dt is float32, the definition has bfloat16"),
         # Verification of drafted tokens.
         (mamba(x=shaped(BF16, 3, 4, 64, 64)), "x has 4 dimensions, expected 3"),
         (mamba(disable_state_update=True), "disable_state_update is True"),
         (mamba(dt_softplus=...), "dt_softplus is False, the definition has True"),
         (mamba(pad_slot_id=0), "pad_slot_id is 0, the definition has -1"),
-        (mamba(dt_bias=None), "the dump has no tensor 'dt_bias'"),
+        (mamba(dt_bias=None), "dt_bias is None, and a row cannot leave an input out"),
         (mamba(z=shaped(BF16, 3, 64, 64)), "called with z"),
         (mamba(rand_seed=shaped(I64, 1)), "called with rand_seed"),
     ],
@@ -814,7 +951,7 @@ def test_sparse_attention_rows_have_the_chosen_tokens() -> None:
         (sparse(kv_cache=shaped(BF16, 90, 1, 64, 576)), "expected from -1 to 5759"),
         (sparse(seq_lens=data([6, 3000], np.int32)), "1 of 2 queries have other numbers of tokens"),
         (sparse(seq_lens=data([5, 3000, 1], np.int32)), "3 seq_lens for 2 queries"),
-        (sparse(seq_lens=None), "the dump has no tensor 'seq_lens'"),
+        (sparse(seq_lens=None), "seq_lens is None, and a row cannot leave an input out"),
         (sparse(0), "no token is chosen"),
         (sparse(bmm1_scale=...), "the dump has no bmm1_scale"),
         (sparse(bmm1_scale=shaped(F32, 1)), "bmm1_scale is a tensor"),
