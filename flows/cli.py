@@ -241,6 +241,9 @@ def collect(
         bool, typer.Option("--keep-dumps", help="Keep what FlashInfer dumped.")
     ] = False,
     max_workloads: Annotated[int | None, typer.Option(help="Rows per definition at most.")] = None,
+    skip_evaluation: Annotated[
+        bool, typer.Option("--skip-evaluation", help="Do not evaluate the baselines.")
+    ] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Print the sessions; start nothing.")
     ] = False,
@@ -276,6 +279,7 @@ def collect(
         record_runs=record_runs,
         keep_dumps=keep_dumps,
         max_workloads=max_workloads,
+        skip_evaluation=skip_evaluation,
     )
     return _plan_only(request, as_json) if plan_only else _collect(request, as_json)
 
@@ -321,6 +325,8 @@ def _plan_only(request: CollectRequest, as_json: bool) -> int:
         typer.echo(
             f"  estimate: {expected.seconds / 60:.0f} min, {expected.recorded_mb:.0f} MB recorded"
         )
+        for reason, waves in expected.not_sent.items():
+            typer.echo(f"  not sent: {waves} waves: {reason}")
         for name in session.definitions:
             typer.echo(f"  {name}")
     for name, reason in plan.not_collected.items():

@@ -22,11 +22,17 @@ from tasks.collect import live
 from tasks.collect.place import Outcome
 from tasks.collect.plan import Plan
 from tasks.collect.request import CollectRequest
-from tasks.collect.task import collect, collect_session, stopped_with_us
+from tasks.collect.task import (
+    collect,
+    collect_session,
+    evaluate_baseline,
+    stopped_with_us,
+)
 from tasks.discover.hub import fetch_config
 from tasks.discover.sources import SglangIndex, cached, index_sglang, revision
 from tasks.errors import InputError, OnboardError
-from tasks.model import read_config
+from tasks.manifest import RunManifest
+from tasks.model import ModelConfig, read_config
 from tasks.request import REPOSITORY
 
 
@@ -77,11 +83,10 @@ def collect_workloads(request: CollectRequest) -> State[Collection]:
         name = entry.definition_name
         if name in served.not_collected:
             continue
-        state = collect(request.manifest, name, None, request.max_workloads, return_state=True)
-        if state.is_completed():
-            found.rows[name] = state.result()
-        else:
-            found.failed[name] = reason_of(state)
+        try:
+            found.rows[name] = collect_and_evaluate(request, name)
+        except Exception as error:  # a definition's failure stops no other
+            found.failed[name] = reason_of(error)
             manifest.record_error(request.manifest, name, found.failed[name])
     if found.failed:
         return Failed(message=found.counts, data=found)
@@ -98,10 +103,15 @@ def serve_sessions(request: CollectRequest) -> ServedSessions:
     for name, reason in plan.not_collected.items():
         log.info("%s: nothing to collect: %s", name, reason)
     with stopped_with_us():
-        futures = [
-            collect_session.submit(request.manifest, session, config, keep_dumps=request.keep_dumps)
-            for session in plan.sessions
-        ]
+        futures = []
+        for session in plan.sessions:
+            futures.append(
+                collect_session.submit(
+                    request.manifest, session, config, keep_dumps=request.keep_dumps
+                )
+            )
+            if session.nodes > 1:
+                futures[-1].wait()  # the hosts have to be at the same one, and share an address
         wait(futures)
     outcomes = [
         Outcome.model_validate(future.result()) for future in futures if future.state.is_completed()
@@ -111,11 +121,17 @@ def serve_sessions(request: CollectRequest) -> ServedSessions:
     return ServedSessions(outcomes, plan.not_collected)
 
 
-def reason_of(state: State[Any]) -> str:
+def collect_and_evaluate(request: CollectRequest, name: str) -> int:
+    """Do what follows the sessions for one definition; return how many rows it has."""
+    rows = collect(request.manifest, name, None, request.max_workloads)
+    evaluate_baseline(request.manifest, name, skip=request.skip_evaluation)
+    return rows
+
+
+def reason_of(error: Exception) -> str:
     """Return why a task run failed, in its own words."""
-    error = state.result(raise_on_failure=False)
     known = isinstance(error, OnboardError)
-    return str(error) if known else f"its run ended {state.name}: {state.message}"
+    return str(error) if known else f"unexpected {type(error).__name__}: {error}"
 
 
 def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
@@ -144,8 +160,21 @@ def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
     flags = cached(cache / "sources", SglangIndex, name, lambda: index_sglang(tree)).flags
     if not flags:
         raise InputError(f"{tree}: no server flag of SGLang can be read there")
-    model = read_config(config)
-    return live.plan_collection(request, run, model, flags, options.gpu_memory_gb), config
+    model, known = read_config(config), _known_config(run, cache / "hub")
+    plan = live.plan_collection(request, run, model, flags, options.gpu_memory_gb, known=known)
+    return plan, config
+
+
+def _known_config(run: RunManifest, cache: Path) -> ModelConfig | None:
+    """Return the config of the manifest's model, if it was fetched once."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if run.hf_repo_id is None:
+        return None
+    found = try_to_load_from_cache(run.hf_repo_id, "config.json", cache_dir=cache)
+    if not isinstance(found, str):  # not asked for yet, or known not to be there
+        return None
+    return read_config(Path(found), f"{run.hf_repo_id}/config.json")
 
 
 def show_sessions(slug: str, outcomes: list[Outcome]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 _SHOWN_REASONS = 3
+_ADVICE = "give --model-config"
+"""What a reason advises where a scalar is neither in a dump nor in a model's config."""
 
 
 def register(app: typer.Typer) -> None:
@@ -269,7 +273,7 @@ def _collect(
     outcomes = []
     for target in targets(dataset, names, {call.name for call in log.calls}, model):
         if isinstance(target, Target):
-            outcome = _collect_for(target, log, dataset, max_workloads, replace=replace)
+            outcome = _collect_for(target, log, dataset, max_workloads, model, replace=replace)
         else:
             outcome = Outcome(target.name, target.op_type, error=target.error)
         outcomes.append(outcome)
@@ -277,7 +281,13 @@ def _collect(
 
 
 def _collect_for(
-    target: Target, log: CallLog, dataset: Path, max_workloads: int, *, replace: bool
+    target: Target,
+    log: CallLog,
+    dataset: Path,
+    max_workloads: int,
+    model: ModelKernels | None,
+    *,
+    replace: bool,
 ) -> Outcome:
     from tasks.collect.rows import find
     from tasks.collect.sanitize import choose
@@ -286,6 +296,8 @@ def _collect_for(
     name, op_type = target.form.name, target.form.op_type
     found = find(target.spec, target.form, log)
     chosen, collected = choose(target.spec, target.form, found, log, max_workloads)
+    if model is not None and model.like(target.spec) is None:
+        collected = _without_advice(collected, model.model.source)
     if not chosen:
         return Outcome(name, op_type, collected)
     try:
@@ -295,6 +307,14 @@ def _collect_for(
     return Outcome(
         name, op_type, collected.named(written.uuids), added=written.added, total=written.rows
     )
+
+
+def _without_advice(collected: Collected, config: str) -> Collected:
+    """Say of a config that was given and has no such kernel that it has none."""
+    told = Counter[str]()
+    for reason, count in collected.rejected.items():
+        told[reason.replace(_ADVICE, f"{config} has no such kernel")] += count
+    return dataclasses.replace(collected, rejected=dict(told))
 
 
 def _derive(

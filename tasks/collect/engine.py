@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import files
-from tasks.collect.session import Served, Traffic
+from tasks.collect.session import Progress, Served, Traffic
 from tasks.collect.traffic import Limits, drive, output_tokens, sampling_params, waves
+from tasks.errors import CollectError, first_problem
 
 _POLL_SECONDS = 0.1
 
@@ -32,7 +34,7 @@ class Order(BaseModel):
     model_folder: Path | None
     """Where the model's tokenizer is, if it is on this host."""
     served: Path
-    """How far it is, a `Served`; it goes on where this says."""
+    """How far it is, a `Progress`; it goes on where this says."""
     ready: Path
     """Made when the engine is up."""
     go: Path
@@ -64,17 +66,36 @@ async def _serve(engine: Any, order: Order) -> None:
         )
         return output_tokens(answer)
 
-    def save(served: Served) -> None:
-        files.write_text(order.served, served.model_dump_json())
-
-    before = read_served(order.served)
     planned = waves(order.traffic, order.limits, order.model_folder)
-    await drive(planned, generate, traffic=order.traffic, before=before, on_progress=save)
+    await drive(
+        planned,
+        generate,
+        traffic=order.traffic,
+        before=read_served(order.served).done,
+        on_progress=partial(save_served, order.served),
+    )
 
 
-def read_served(path: Path) -> Served:
-    """Return how far a session is; nothing served where there is no such file."""
-    return Served.model_validate_json(path.read_bytes()) if path.exists() else Served()
+def read_served(path: Path) -> Progress:
+    """Return how far a session is; nothing served where there is no such file.
+
+    Raises:
+        CollectError: the file is damaged.
+    """
+    if not path.exists():
+        return Progress()
+    try:
+        return Progress.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        field, reason = first_problem(error)
+        raise CollectError(
+            f"{path}: field {field or 'all'}: {reason} (remove it to send all the traffic again)"
+        ) from error
+
+
+def save_served(path: Path, now: Served) -> None:
+    """Record how far a session is."""
+    files.write_text(path, read_served(path).followed_by(now).model_dump_json())
 
 
 if __name__ == "__main__":

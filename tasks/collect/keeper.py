@@ -33,6 +33,7 @@ from typing import Any, Self, cast
 
 import psutil
 
+from tasks.collect.environment import passed_on
 from tasks.collect.lease import lease
 from tasks.collect.logs import tail
 from tasks.errors import CollectError, OnboardError
@@ -40,9 +41,10 @@ from tasks.sandbox import die_with_parent
 
 GRACE = 20.0
 """Seconds that a server has between SIGTERM and SIGKILL."""
+PORT = "{port}"
+"""Word of a command that becomes a free TCP port of 127.0.0.1 when the GPUs are leased."""
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
 _PR_SET_CHILD_SUBREAPER = 36
 _MARGIN = 30.0  # for the keeper to start, to see the end of a stop, to be told
 _STEP = 0.2
@@ -103,7 +105,7 @@ class Keeper:
         """Start a keeper; it leases the GPUs, then starts the server.
 
         Args:
-            command: the server's program and arguments.
+            command: the server's program and arguments; one of them may be `PORT`.
             environment: all of its environment; `CUDA_VISIBLE_DEVICES` is set to the leased GPUs.
             log: file that its output, and the keeper's own errors, are appended to.
             directory: where the GPUs are leased (see `lease`).
@@ -130,13 +132,12 @@ class Keeper:
             timeout=lease_timeout,
             grace=grace,
         )
-        own = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as errors:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "tasks.collect.keeper"],
-                    env=own | {"PYTHONPATH": str(_ROOT)},
+                    env=passed_on(os.environ) | {"PYTHONPATH": str(_ROOT)},
                     cwd=_ROOT,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -162,9 +163,9 @@ class Keeper:
     def poll(self) -> list[dict[str, Any]]:
         """Return the keeper's new events, without waiting.
 
-        Their `event` is `waiting` (with `text`), `leased` (`gpus`), `started` (`pid`) or, last,
-        `exit`: with `exit`, the server's exit status, negative for a signal, None if it never ran;
-        `stopped`, whether it was ended by the keeper; `error`, why it never ran, or None.
+        Their `event` is `waiting` (with `text`), `leased` (`gpus`), `started` (`pid`, `port`) or,
+        last, `exit`: with `exit`, the server's exit status, negative for a signal, None if it never
+        ran; `stopped`, whether it was ended by the keeper; `error`, why it never ran, or None.
         """
         while not self._output.closed and (piece := self._output.read(1 << 16)):
             self._heard += piece
@@ -175,21 +176,19 @@ class Keeper:
 
     def wait_leased(
         self,
-        timeout: float | None = None,
-        on_wait: Callable[[str], None] | None = None,
+        on_wait: Callable[[str], None] = lambda _: None,
         go_on: Callable[[], None] = lambda: None,
     ) -> tuple[str, ...]:
         """Wait until the server is started, and return the ids of its GPUs.
 
         Args:
-            timeout: seconds to wait at most.
             on_wait: told who holds the GPUs, when that changes.
             go_on: called while waiting; what it raises ends the wait.
 
         Raises:
-            CollectError: the lease or the start failed, or the time is over.
+            CollectError: the lease or the start failed; if GPUs were not free in time, the text
+                says who holds them.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         leased: tuple[str, ...] = ()
         seen = 0
         while True:
@@ -198,7 +197,7 @@ class Keeper:
             self.poll()
             for event in self.events[seen:]:
                 match event["event"]:
-                    case "waiting" if on_wait is not None:
+                    case "waiting":
                         on_wait(event["text"])
                     case "leased":
                         leased = tuple(event["gpus"])
@@ -209,9 +208,13 @@ class Keeper:
             seen = len(self.events)
             if not alive:
                 raise CollectError(f"the server's keeper died: {tail(self.log, 3)}")
-            if deadline is not None and time.monotonic() >= deadline:
-                raise CollectError(f"no {'server' if leased else 'GPUs'} after {timeout:.0f} s")
             self._wait_for_output()
+
+    @property
+    def port(self) -> int:
+        """The port that the server was given for `PORT`, once it is started."""
+        (port,) = (event["port"] for event in self.events if event["event"] == "started")
+        return int(port)
 
     @property
     def pid(self) -> int:
@@ -417,6 +420,7 @@ class _Server:
 
     def __init__(self, order: _Order, gpus: Sequence[str]) -> None:
         keeper = os.getpid()
+        self.port = free_port()
 
         def die_with_keeper() -> None:
             die_with_parent()
@@ -425,7 +429,7 @@ class _Server:
 
         with Path(order.log).open("ab") as log:
             self._process = subprocess.Popen(
-                order.command,
+                [str(self.port) if word == PORT else word for word in order.command],
                 env=order.environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)},
                 cwd=order.folder,
                 stdin=subprocess.DEVNULL,
@@ -486,7 +490,7 @@ def _keep(order: _Order, inbox: _Inbox) -> tuple[int | None, bool, str | None]:
         ) as gpus:
             _tell("leased", gpus=gpus)
             server = _Server(order, gpus)
-            _tell("started", pid=server.pid)
+            _tell("started", pid=server.pid, port=server.port)
             stopped = _watch(server, inbox, order.grace)
     except _StoppedError:
         stopped = True

@@ -24,7 +24,6 @@ from tasks.errors import CollectError
 
 _POLL = 0.2
 _NODE = re.compile(r"nvidia[0-9]+")
-_LOCK = re.compile(r"gpu-(.+)\.lock")
 _LARGEST_NOTE = 4096
 
 
@@ -70,18 +69,6 @@ def visible_gpus(
     # CUDA counts the GPUs that it sees; a container's only node may well be /dev/nvidia2.
     nodes = [path for path in devices.glob("nvidia*") if _NODE.fullmatch(path.name)]
     return tuple(str(number) for number in range(len(nodes)))
-
-
-def holders(directory: Path) -> dict[str, Holder | None]:
-    """Return the GPUs that are held, by id; None is a holder that left no readable note.
-
-    Raises:
-        CollectError: the directory's locks cannot be tried.
-        InputError: the directory cannot be made or opened.
-    """
-    with _alone(directory):
-        found = (_LOCK.fullmatch(path.name) for path in directory.iterdir())
-        return _held(directory, _ordered([match[1] for match in found if match], "lease directory"))
 
 
 @contextmanager

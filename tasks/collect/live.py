@@ -12,6 +12,7 @@ from tasks.collect.place import Outcome, failures, outcomes
 from tasks.collect.plan import Plan, plan_sessions
 from tasks.collect.request import CollectRequest
 from tasks.collect.session import Session
+from tasks.collect.targets import ModelKernels
 from tasks.collect.traffic import limits_of, read_sharegpt
 from tasks.errors import CollectError, InputError
 from tasks.manifest import RunManifest
@@ -19,6 +20,8 @@ from tasks.model import ModelConfig
 from tasks.ops.base import KernelSpec
 
 _SECONDS = 60
+_NAMED = 3
+"""Kernels that a message names."""
 _WHERE = """\
 import importlib.util
 spec = importlib.util.find_spec("sglang")
@@ -32,6 +35,8 @@ def plan_collection(
     model: ModelConfig,
     flags: Collection[str],
     gpu_memory_gb: float,
+    *,
+    known: ModelConfig | None = None,
 ) -> Plan:
     """Plan the sessions that a request needs.
 
@@ -41,17 +46,53 @@ def plan_collection(
         model: the model's config.
         flags: the server flags of the SGLang that will run.
         gpu_memory_gb: memory of one GPU.
+        known: the config that the manifest was made from, where that is at hand.
 
     Raises:
-        InputError: a definition is not the manifest's, it is not known what to serve, the file of
-            prompts cannot be read, or the model's context has no room for any request.
+        InputError: a definition is not the manifest's, the model is another than its, it is not
+            known what to serve, the file of prompts cannot be read, or the model's context has no
+            room for any request.
         CollectError: SGLang lacks a flag that a session needs.
     """
     if request.dataset_path is not None:
         read_sharegpt(request.dataset_path)  # before anything is started for it
     specs = [KernelSpec.model_validate(entry.spec) for entry in request.chosen(run)]
+    if request.model_path is not None or request.config is not None:
+        check_model(model, run, known)
     _check_lengths(request, model)
     return plan_sessions(specs, model, request.wish(run), flags, gpu_memory_gb)
+
+
+def check_model(model: ModelConfig, run: RunManifest, known: ModelConfig | None) -> None:
+    """Check that a model that is to be served instead of the manifest's own is the same.
+
+    Other weights of it are: quantized ones, or dummies. Where the manifest's own config is not at
+    hand, one of the kernels has to be the model's.
+
+    Raises:
+        InputError: it is another; the message has both values.
+    """
+    meant = run.hf_repo_id or run.model_slug
+    sides = [("architecture", model.architecture, run.architecture)]
+    if known is not None:
+        sides += [
+            (fact, getattr(model, fact), getattr(known, fact))
+            for fact in ("architecture", "hidden_size", "num_layers", "vocab_size")
+        ]
+    for fact, served, own in sides:
+        if own is not None and served != own:
+            raise InputError(
+                f"--model-path, --config: {model.source} has {fact} {served}, and {meant}, which "
+                f"the manifest is of, {own}"
+            )
+    kernels = ModelKernels(model)
+    specs = [KernelSpec.model_validate(entry.spec) for entry in run.kernels if entry.spec]
+    if specs and not any(kernels.like(spec) for spec in specs):
+        names = ", ".join(spec.name for spec in specs[:_NAMED])
+        raise InputError(
+            f"--model-path, --config: {model.source} has none of the kernels that the manifest has "
+            f"of {meant} ({names})"
+        )
 
 
 def _check_lengths(request: CollectRequest, model: ModelConfig) -> None:
@@ -135,6 +176,7 @@ def session_table(found: list[Outcome]) -> list[dict[str, str]]:
             "launches": str(outcome.launches),
             "requests": f"{outcome.served.requests} ({outcome.served.failed} failed)",
             "tokens/s": f"{outcome.tokens_per_second:.0f}",
+            "waves not sent": str(sum(outcome.not_sent.values())),
             "calls": str(sum(outcome.fired.values())),
             "not dumped": str(sum(outcome.notices.values())),
             "thinned": str(outcome.thinned),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +20,7 @@ from tasks.collect.session import Served, Session
 from tasks.collect.store import CallStore
 from tasks.errors import CollectError, first_problem
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 """Told the operator's lines: few, for each costs the Prefect server some work."""
 
@@ -57,6 +59,8 @@ class Outcome(BaseModel):
     """Calls whose tensors the store had no room for."""
     notices: dict[str, int]
     """What FlashInfer's own logs said of dumps that it did not write."""
+    not_sent: dict[str, int] = {}
+    """Why waves were not sent -> how many: nothing is cut to fit the model's context."""
     drained_mb: float
     """What was dumped in all while it was served, about."""
     peak_mb: float
@@ -148,7 +152,11 @@ class Place:
         files.write_text(self._outcome, outcome.model_dump_json(indent=2) + "\n")
 
     def attempts(self) -> list[Attempt]:
-        """Return the launches so far."""
+        """Return the launches so far.
+
+        Raises:
+            CollectError: their file is damaged.
+        """
         made = self._made()
         return made.attempts if made else []
 
@@ -158,15 +166,27 @@ class Place:
         files.write_text(self._attempts, made.model_dump_json(indent=2))
 
     def failed(self) -> tuple[Session, Failure] | None:
-        """Return the session and how its last launch failed, if it did."""
+        """Return the session and how its last launch failed, if it did.
+
+        Raises:
+            CollectError: the launches' file is damaged.
+        """
         made = None if self._outcome.exists() else self._made()
-        failure = made.attempts[-1].failure if made else None
+        failure = made.attempts[-1].failure if made and made.attempts else None
         return (made.session, failure) if made and failure else None
 
     def _made(self) -> _Attempts | None:
         if not self._attempts.exists():
             return None
-        return _Attempts.model_validate_json(self._attempts.read_bytes())
+        try:
+            return _Attempts.model_validate_json(self._attempts.read_bytes())
+        except ValidationError as error:
+            field, reason = first_problem(error)
+            # Not the file alone: launches are counted, and what they collected has their numbers.
+            raise CollectError(
+                f"{self._attempts}: field {field or 'all'}: {reason} (remove the folder "
+                f"{self.root} to serve the session anew)"
+            ) from error
 
     def calls(self) -> CallLog:
         """Return what was drained; the calls know how their server was made to prefill."""
@@ -199,21 +219,25 @@ def outcomes(sessions: Path) -> list[tuple[Place, Outcome]]:
 
     One whose file is damaged is left out, with a warning: the others' calls are as good as ever.
     """
-    found = []
-    for place in all_places(sessions):
-        try:
-            outcome = place.outcome()
-        except CollectError as error:
-            _log.warning("%s", error)
-            continue
-        if outcome is not None:
-            found.append((place, outcome))
-    return found
+    read = ((place, _undamaged(place.outcome)) for place in all_places(sessions))
+    return [(place, outcome) for place, outcome in read if outcome is not None]
 
 
 def failures(sessions: Path) -> list[tuple[Session, Failure]]:
-    """Return the sessions of a folder whose last launch failed, in the order of their names."""
-    return [failed for place in all_places(sessions) if (failed := place.failed())]
+    """Return the sessions of a folder whose last launch failed, in the order of their names.
+
+    One whose file is damaged is left out, with a warning.
+    """
+    read = (_undamaged(place.failed) for place in all_places(sessions))
+    return [failed for failed in read if failed is not None]
+
+
+def _undamaged(read: Callable[[], T | None]) -> T | None:
+    try:
+        return read()
+    except CollectError as error:
+        _log.warning("%s", error)
+        return None
 
 
 def all_places(sessions: Path) -> list[Place]:

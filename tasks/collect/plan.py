@@ -17,15 +17,18 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from tasks import ops
 from tasks.collect.session import Lengths, Mode, Session, Traffic
+from tasks.collect.traffic import Limits, limits_of, waves
 from tasks.errors import CollectError, InputError
 from tasks.model import ModelConfig
 from tasks.model.weights import weight_bytes
@@ -101,6 +104,8 @@ class Estimate(BaseModel):
     seconds: float
     recorded_mb: float
     """Written in all; what lies on disk at a time is bounded by the consumer."""
+    not_sent: dict[str, int] = {}
+    """Why waves will not be sent -> how many; they count in nothing else."""
 
 
 class Plan(BaseModel):
@@ -172,15 +177,15 @@ def _common(one: frozenset[int], other: frozenset[int]) -> frozenset[int] | None
     return one & other or None
 
 
-def _alone(spec: KernelSpec, api: FlashInferApi) -> _Launch:
-    """Return the launch that one definition asks for."""
+def _alone(spec: KernelSpec, api: FlashInferApi, hosts: int) -> _Launch:
+    """Return the launch that one definition asks for, on hosts that share its ranks evenly."""
     options = {}
     for text in (*_BASE, *api.server_flags):
         name, _, value = text.partition(" ")
         options[name] = value
     asked = options.pop("--page-size", None)
     return _Launch(
-        tp=frozenset(spec.tp),
+        tp=frozenset(size for size in spec.tp if size % hosts == 0),
         ep=frozenset(spec.ep),
         page_size=int(asked) if asked else spec.axes.get("page_size"),
         prefill=api.prefill,
@@ -209,9 +214,11 @@ def plan_sessions(
 
     Raises:
         CollectError: SGLang lacks a flag that a session needs.
-        InputError: it lacks one that was asked for.
+        InputError: it lacks one that was asked for, or hosts cannot share a kernel's size.
     """
+    specs = list(specs)
     _check_asked(wish, flags)
+    _check_hosts(wish, specs)
     launches: list[_Launch] = []
     not_collected = {}
     alone = []
@@ -222,7 +229,7 @@ def plan_sessions(
         elif reason := _why_not(provider, model, flags):
             not_collected[spec.name] = reason
         else:
-            alone.append(_alone(spec, provider))
+            alone.append(_alone(spec, provider, wish.nodes.nodes))
     for launch in sorted(alone, key=lambda launch: launch.demands):
         for index, known in enumerate(launches):
             joined = known.joined(launch)
@@ -281,8 +288,9 @@ def _session(
         traffic = traffic.model_copy(update={"shared_prefix": traffic.shared_prefix or 0.5})
     else:
         options["--disable-radix-cache"] = ""
-    # Experts are spread over the tensor-parallel ranks.
-    sizes = sorted(size for size in launch.tp or _SIZES if size % ep == 0) or [ep]
+    # Experts are spread over the tensor-parallel ranks, and these evenly over hosts.
+    least = math.lcm(ep, wish.nodes.nodes)
+    sizes = sorted(size for size in launch.tp or _SIZES if size % least == 0) or [least]
     needed = weight_bytes(model) / 1e9 * (layers or model.num_layers) / model.num_layers
     tp = next((size for size in sizes if size * gpu_memory_gb > needed), sizes[-1])
     options |= {"--tp-size": str(tp), "--page-size": str(page_size)}
@@ -371,6 +379,18 @@ def _check_asked(wish: Wish, flags: Collection[str]) -> None:
         )
 
 
+def _check_hosts(wish: Wish, specs: Sequence[KernelSpec]) -> None:
+    """Check that each kernel has a tensor-parallel size that the hosts can share evenly."""
+    nodes = wish.nodes.nodes
+    for spec in specs:
+        if spec.tp and all(size % nodes for size in spec.tp):
+            sizes = ", ".join(map(str, spec.tp))
+            raise InputError(
+                f"--nnodes: {spec.name} is of tp {sizes}, which {nodes} hosts cannot share evenly; "
+                "name those that they can with --definitions"
+            )
+
+
 def _unknown(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
     named = (word.partition("=")[0] for word in arguments if word.startswith("--"))
     return [name for name in named if name not in flags]
@@ -382,10 +402,12 @@ def estimate(session: Session, model: ModelConfig) -> Estimate:
     Steps are counted from the traffic; a step's time is one number for all models, so the estimate
     tells minutes from hours and no more.
     """
-    traffic = session.traffic
+    traffic, limits = session.traffic, limits_of(model)
     share = (1 + traffic.random_range_ratio) / 2
     steps = requests = tokens = indices = 0.0
     for length, batch in product(traffic.lengths, traffic.batch_sizes):
+        if traffic.kind == "random" and not limits.fit(length.isl, length.osl):
+            continue
         wave = traffic.rounds * length.osl * share
         steps += wave
         requests += traffic.rounds * batch
@@ -405,7 +427,23 @@ def estimate(session: Session, model: ModelConfig) -> Estimate:
         calls[name] = math.ceil(each)
     seconds = _START_SECONDS + steps * _STEP_SECONDS + tokens / _PREFILL_TOKENS_PER_SECOND
     seconds += written / _BYTES_PER_SECOND
-    return Estimate(calls=calls, seconds=round(seconds), recorded_mb=round(written / 1e6, 1))
+    return Estimate(
+        calls=calls,
+        seconds=round(seconds),
+        recorded_mb=round(written / 1e6, 1),
+        not_sent=not_sent(traffic, limits),
+    )
+
+
+def not_sent(traffic: Traffic, limits: Limits, model: Path | None = None) -> dict[str, int]:
+    """Return why waves will not be sent -> how many of them; arguments are those of `waves`.
+
+    Raises:
+        InputError: as `waves`.
+    """
+    smallest = traffic.model_copy(update={"batch_sizes": (1,), "rounds": 1})
+    reasons = Counter(wave.not_sent for wave in waves(smallest, limits, model) if wave.not_sent)
+    return {reason: count * len(traffic.batch_sizes) for reason, count in reasons.items()}
 
 
 def read_arguments(texts: Iterable[str]) -> tuple[str, ...]:

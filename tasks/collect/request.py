@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tasks.collect.environment import may_be_secret
 from tasks.collect.plan import NodeGroup, Wish, read_arguments
-from tasks.collect.session import Lengths, Traffic, may_be_secret
+from tasks.collect.session import Lengths, Traffic
 from tasks.errors import InputError, first_problem
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
 
@@ -62,6 +63,7 @@ class CollectRequest(BaseModel):
     max_workloads: int | None = Field(
         default=None, ge=1, le=10_000, description="Rows per definition at most."
     )
+    skip_evaluation: bool = Field(default=False, description="Do not evaluate the baselines.")
 
     @model_validator(mode="after")
     def _together(self) -> CollectRequest:
@@ -86,7 +88,8 @@ class CollectRequest(BaseModel):
             raise ValueError(f"dist_init_addr: missing; {self.nnodes} nodes need it")
         if self.nnodes == 1 and address:
             raise ValueError("dist_init_addr: is for several nodes (nnodes)")
-        if address and not re.fullmatch(r"[A-Za-z0-9\[][\w.:\[\]-]*:\d{1,5}", address):
+        port = re.fullmatch(r"[A-Za-z0-9\[][\w.:\[\]-]*:(\d{1,5})", address, re.ASCII)
+        if address and not (port and 0 < int(port[1]) < 1 << 16):
             raise ValueError(f"dist_init_addr: {address!r} is not host:port")
 
     @property

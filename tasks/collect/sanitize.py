@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from tasks.collect.place import Place
 from tasks.collect.realism import Realism, realism
 from tasks.collect.rows import Form, Found, find, form_of
 from tasks.collect.select import Candidate, most_diverse
-from tasks.errors import CollectError
+from tasks.errors import CollectError, InputError
 from tasks.ops.base import KernelSpec
 
 if TYPE_CHECKING:
     from tasks.collect.session import Session
 
+_NAMED = 5
+"""Files and folders that a message names."""
 _LISTED_REASONS = 50
 """Reasons may have numbers in them, so that there can be as many as there are calls."""
 
@@ -28,10 +31,29 @@ def open_calls(root: Path) -> CallLog:
     """Read the calls of a folder of dumps, or of a store that a session was drained into.
 
     Raises:
-        CollectError: it is neither.
+        CollectError: it is neither, or the store is damaged.
+        InputError: there is nothing in it.
     """
     place = Place(root)
-    return place.calls() if place.store.is_file() else read_calls(root)
+    if not os.path.lexists(place.store):
+        log = read_calls(root)
+        _check_found(root, log)
+        return log
+    if place.store.is_file() and not place.store.stat().st_size:
+        raise InputError(f"{place.store}: is empty: the session that made it drained no call")
+    return place.calls()
+
+
+def _check_found(root: Path, log: CallLog) -> None:
+    if log.calls or log.unreadable:
+        return
+    listed = sorted(path.name for path in root.iterdir())
+    shown = ", ".join(listed[:_NAMED]) + (", ..." if len(listed) > _NAMED else "")
+    raise InputError(
+        f"{root}: no dumped call was found ({f'only {shown}' if listed else 'it is empty'}); "
+        "expected FlashInfer's folders, such as 20261120_180224_001_pid7_rmsnorm_call0001 with "
+        "metadata.jsonl in it, there or in folders within it, or a session's calls.sqlite"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,14 @@ again.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import httpx
@@ -26,18 +24,21 @@ import psutil
 from pydantic import SecretStr
 
 from tasks import files
+from tasks.collect import scratch
 from tasks.collect.drain import Drain, scan_log
-from tasks.collect.engine import Order, read_served
+from tasks.collect.engine import Order, read_served, save_served
+from tasks.collect.environment import passed_on
 from tasks.collect.failures import Adjustment, Failure, Kind, classify, next_adjustment
 from tasks.collect.gate import check_session
-from tasks.collect.keeper import Keeper, free_port
+from tasks.collect.keeper import PORT, Keeper
 from tasks.collect.lease import visible_gpus
 from tasks.collect.logs import LogFollower, Milestones, tail
 from tasks.collect.place import Attempt, Outcome, Place, Say, all_places
-from tasks.collect.session import Served, Session, Traffic, may_be_secret
+from tasks.collect.plan import not_sent
+from tasks.collect.session import Served, Session, Traffic
 from tasks.collect.store import CallStore
 from tasks.collect.traffic import HttpClient, Limits, drive, limits_of, waves
-from tasks.errors import CollectError
+from tasks.errors import CollectError, InputError, OnboardError
 from tasks.model import ModelConfig
 from tasks.settings import CollectSettings
 
@@ -60,42 +61,8 @@ _CAPPED_POOL = 16_384
 """KV pool in tokens where wrappers' runs are recorded: each writes the whole of it."""
 _UNLIMITED_DUMPS = {"FLASHINFER_DUMP_MAX_COUNT": str(10**9), "FLASHINFER_DUMP_MAX_SIZE_GB": "1e9"}
 """FlashInfer counts all it ever wrote; what bounds the disk is the consumer."""
-_PASSED_ON = (
-    "ALL_PROXY",
-    "CPATH",
-    "CURL_CA_BUNDLE",
-    "HOME",
-    "HTTPS_PROXY",
-    "HTTP_PROXY",
-    "LANG",
-    "LC_ALL",
-    "LIBRARY_PATH",
-    "MAX_JOBS",
-    "NO_PROXY",
-    "PATH",
-    "PYTHONPATH",
-    "REQUESTS_CA_BUNDLE",
-    "SSL_CERT_DIR",
-    "SSL_CERT_FILE",
-    "TMPDIR",
-    "TOKENIZERS_PARALLELISM",
-    "TRANSFORMERS_OFFLINE",
-    "USER",
-)
-_PREFIXES_PASSED_ON = (
-    "CUDA_",
-    "FLASHINFER_",
-    "GLOO_",
-    "HF_",
-    "LD_",
-    "NCCL_",
-    "NVIDIA_",
-    "SGLANG_",
-    "TORCH",
-    "TRITON_",
-    "XDG_",
-)
-_NOT_PASSED_ON = ("FLASHINFER_DUMP", "FLASHINFER_LOG")
+_FIRST_IS_GONE = {Kind.DEVICE, Kind.KILLED, Kind.NETWORK, Kind.TIMEOUT, Kind.UNKNOWN}
+"""How a host's server ends, as its log has it, when that of the first has ended."""
 
 
 class SessionError(CollectError):
@@ -154,7 +121,7 @@ def serve_session(
             say(f"{session.id}: complete already, {sum(complete.fired.values())} calls")
             return complete
         _check_traffic(session, model)
-        _tidy(sessions, place, host)
+        _tidy(sessions, place, host, say)
         attempts = place.attempts()
         for number, left in enumerate(attempts, start=1):
             _take_over(place, number, left, host)
@@ -205,14 +172,22 @@ def _session_error(
 ) -> SessionError:
     following = _next(attempts, session, options)
     log = place.logs(len(attempts)) / "server.log"
+    hosts = ""
+    if session.nodes > 1:
+        hosts = (
+            f"; one of {session.nodes} hosts: start it again on all, and where it counts as "
+            "complete, remove outcome.json from its folder first"
+        )
     return SessionError(
-        f"{session.id}: {failure.reason} ({failure.advice}; log: {log})",
+        f"{session.id}: {failure.reason} ({failure.advice}; log: {log}{hosts})",
         failure,
         again=following is not None,
     )
 
 
 def _next(attempts: list[Attempt], session: Session, options: CollectSettings) -> Adjustment | None:
+    if session.nodes > 1:
+        return None  # the other hosts would not know of it
     history = [(a.adjustment, a.failure) for a in attempts if a.failure is not None]
     return next_adjustment(history, session.tp_choices, len(visible_gpus(options.gpus)))
 
@@ -236,11 +211,8 @@ def _records_runs(session: Session) -> bool:
 
 def _dump_folder(place: Place, number: int, options: CollectSettings) -> Path:
     """Return where FlashInfer is to dump: in memory, where there is room for the bound twice."""
-    shared = Path("/dev/shm")  # noqa: S108  not a temporary file: a folder of this session's name
-    if shared.is_dir() and shutil.disk_usage(shared).free > 2 * options.disk_bytes:
-        workspace = hashlib.sha256(str(place.root.absolute()).encode()).hexdigest()[:8]
-        return shared / f"onboard-{os.getuid()}-{workspace}-{place.root.name}-{number}"
-    return place.logs(number) / "dumps"
+    folder = scratch.folder_in_memory(place.root.name, number, 2 * options.disk_bytes)
+    return folder or place.logs(number) / "dumps"
 
 
 def _take_over(place: Place, number: int, left: Attempt, host: Host) -> None:
@@ -255,17 +227,32 @@ def _take_over(place: Place, number: int, left: Attempt, host: Host) -> None:
     if (place.logs(number) / _GO).exists():
         with CallStore(place.store) as store:
             _drain(place, store, number, left.dumps, host).finish()
-    shutil.rmtree(left.dumps)
+    scratch.remove(left.dumps)
 
 
-def _tidy(sessions: Path, own: Place, host: Host) -> None:
-    """Take over what killed launches of other sessions left, which lies in memory till then."""
-    for place in all_places(sessions):
-        if place.root == own.root:
+def _tidy(sessions: Path, own: Place, host: Host, say: Say) -> None:
+    """Take over what killed launches of other sessions left, which lies in memory till then.
+
+    What lies there of sessions that are gone, with their workspace, is removed.
+    """
+    roots = {place.root for place in all_places(sessions)}
+    for folder, root in scratch.left():
+        try:
+            known = folder in [attempt.dumps for attempt in Place(root).attempts()]
+        except CollectError:  # whose it is cannot be read: it stays
             continue
-        with place.if_idle() as idle:
-            for number, left in enumerate(place.attempts() if idle else (), start=1):
-                _take_over(place, number, left, host)
+        if known:
+            roots.add(root)
+        else:
+            scratch.remove(folder)
+            say(f"{own.root.name}: removed {folder}, whose session is gone ({root})")
+    for place in map(Place, sorted(roots - {own.root})):
+        try:
+            with place.if_idle() as idle:
+                for number, left in enumerate(place.attempts() if idle else (), start=1):
+                    _take_over(place, number, left, host)
+        except OnboardError as error:  # it costs that session, not this one
+            say(f"{own.root.name}: left as it is: {error}")
 
 
 def _wait_gone(file: Path) -> None:
@@ -273,15 +260,18 @@ def _wait_gone(file: Path) -> None:
     if not file.exists():
         return
     known = files.read_json_object(file, "the keeper's note")
+    pid, started = known.get("pid"), known.get("started")
+    if type(pid) is not int or pid < 1:
+        raise InputError(f"{file}: field pid: {pid!r} is no process id (remove the file)")
     try:
-        keeper = psutil.Process(known["pid"])
-        if keeper.create_time() == known["started"]:
+        keeper = psutil.Process(pid)
+        if keeper.create_time() == started:
             keeper.wait(_LAST_SECONDS)
     except psutil.NoSuchProcess:
         return
     except psutil.TimeoutExpired as error:
         raise CollectError(
-            f"{file.parent}: the server of that launch still ends (keeper {known['pid']})"
+            f"{file.parent}: the server of that launch still ends (keeper {pid})"
         ) from error
 
 
@@ -352,8 +342,12 @@ class _Launch:
     def run(self) -> Outcome:
         """Run it."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.attempt.dumps.mkdir(parents=True, exist_ok=True)
-        with CallStore(self.place.store) as store:
+        for reason, waves_left in not_sent(self.traffic, self._limits(), self._folder).items():
+            self.say(f"{self.session.id}: {waves_left} waves will not be sent: {reason}")
+        with (
+            scratch.used(self.attempt.dumps, self.place.root),
+            CallStore(self.place.store) as store,
+        ):
             self.drain = _drain(self.place, store, self.number, self.attempt.dumps, self.host)
             self.store = store
             try:
@@ -363,39 +357,39 @@ class _Launch:
                 self.tally.drained += self.drain.backlog()
                 self.drain.finish()
                 self._keep_small()
-                shutil.rmtree(self.attempt.dumps)
             return self._checked(store, gpus)
 
     # Serving
 
     def _serve(self) -> tuple[str, ...]:
         offline = self.session.mode == "decode" and self.session.nodes == 1
-        port = free_port()
-        command = self._engine_command() if offline else self._server_command(port)
+        command = self._engine_command() if offline else self._server_command()
         with Keeper.start(
             command,
             environment=self._environment(),
             log=self.log,
             directory=self.options.lease_dir,
             gpus=visible_gpus(self.options.gpus),
-            count=-(-self.attempt.adjustment.tp // self.session.nodes),
+            count=self.attempt.adjustment.tp // self.session.nodes,
             session=self.place.root.name,
             folder=self.logs,
+            lease_timeout=self.options.lease_seconds,
             grace=_GRACE,
         ) as keeper:
             self.keeper = keeper
             note = {"pid": keeper.pid, "started": psutil.Process(keeper.pid).create_time()}
             files.write_json(self.logs / _KEEPER, note)
             self.follower, self.milestones = LogFollower(self.log), Milestones()
-            gpus = keeper.wait_leased(self.options.lease_seconds, self.say, self.host.go_on)
+            gpus = keeper.wait_leased(self.say, self.host.go_on)
             self.say(f"{self.session.id}: launch {self.number} on GPU {', '.join(gpus)}")
-            self._wait_ready(None if offline else port)
+            port = None if offline else keeper.port
+            self._wait_ready(port)
             self.drain.discard()  # the start-up's calls served nobody
             (self.logs / _GO).touch()
             self.say(f"{self.session.id}: ready, traffic begins")
             if self.session.node_rank:
                 self._follow()
-            elif offline:
+            elif port is None:
                 self._tend_until(lambda: not keeper.alive)
                 if keeper.returncode:
                     raise self._failed()
@@ -404,19 +398,17 @@ class _Launch:
         return gpus
 
     def _follow(self) -> None:
-        """Drain what a node shows that is not the first, until the first has stopped.
+        """Drain what a host shows that is not the first, until the first has stopped.
 
         Its server ends with the first one's, or nothing is dumped any more.
+
+        Raises:
+            _LaunchError: its server ended for a reason of its own.
         """
-        quiet = time.monotonic()
-
-        def over() -> bool:
-            nonlocal quiet
-            if self.drain.backlog():
-                quiet = time.monotonic()
-            return time.monotonic() - quiet > self.options.stall_seconds / 2
-
-        self._tend_until(lambda: not self.keeper.alive or over())
+        self._tend_until(lambda: not self.keeper.alive)
+        error = self._failed() if self.keeper.returncode else None
+        if error and error.failure.kind not in _FIRST_IS_GONE:
+            raise error
 
     def _send(self, port: int) -> None:
         """Send the traffic over HTTP from a thread of its own, tending the server from this one."""
@@ -446,15 +438,12 @@ class _Launch:
     async def _drive(self, port: int) -> Served:
         async with HttpClient(port, self.traffic) as client:
             return await drive(
-                waves(self.traffic, self._limits(), _folder(self.session.model)),
+                waves(self.traffic, self._limits(), self._folder),
                 client.generate,
                 traffic=self.traffic,
-                before=read_served(self.place.served),
-                on_progress=self._save,
+                before=read_served(self.place.served).done,
+                on_progress=partial(save_served, self.place.served),
             )
-
-    def _save(self, served: Served) -> None:
-        files.write_text(self.place.served, served.model_dump_json())
 
     def _limits(self) -> Limits:
         return limits_of(self.model, self.attempt.adjustment.max_total_tokens)
@@ -487,7 +476,8 @@ class _Launch:
         """Drain, follow the log and keep the disk bounded until something is done.
 
         Raises:
-            _LaunchError: no request was answered for too long.
+            _LaunchError: no request was answered for too long; on a host that follows the first,
+                which has no answers, that is the end.
         """
         seen, since = -1, time.monotonic()
         while not done():
@@ -499,6 +489,8 @@ class _Launch:
                 if self._catch_up() or requests != seen:
                     seen, since = requests, time.monotonic()
                 if time.monotonic() - since > self.options.stall_seconds:
+                    if self.session.node_rank:
+                        return
                     waited = f"no answer for {self.options.stall_seconds:.0f} s"
                     raise self._failed(waited)
             time.sleep(_TEND_SECONDS)
@@ -524,8 +516,7 @@ class _Launch:
         """Keep what is not dumps within its part of the disk too."""
         for log in self.logs.glob("flashinfer_*.log"):
             scan_log(log, self.store)
-        if self.store.size() > self.options.disk_bytes // 2:
-            self.store.thin(self.options.disk_bytes // 4)
+        self.store.keep_within(self.options.disk_bytes // 2)
 
     def _failed(self, reason: str = "", *, status: int | None = None) -> _LaunchError:
         """Return the error for a launch that ended by itself, or that has to end for a reason.
@@ -549,8 +540,8 @@ class _Launch:
             words += ["--max-total-tokens", str(self.attempt.adjustment.max_total_tokens)]
         return ("--model-path", self.session.model, *words)
 
-    def _server_command(self, port: int) -> tuple[str, ...]:
-        host = ("--host", "127.0.0.1", "--port", str(port))
+    def _server_command(self) -> tuple[str, ...]:
+        host = ("--host", "127.0.0.1", "--port", PORT)
         return (self._python, "-m", "sglang.launch_server", *self._arguments(), *host)
 
     def _engine_command(self) -> tuple[str, ...]:
@@ -564,11 +555,15 @@ class _Launch:
             arguments=self._arguments(),
             traffic=self.traffic,
             limits=self._limits(),
-            model_folder=_folder(self.session.model),
+            model_folder=self._folder,
             served=self.place.served,
             ready=self.logs / _READY,
             go=self.logs / _GO,
         )
+
+    @property
+    def _folder(self) -> Path | None:
+        return _folder(self.session.model)
 
     @property
     def _python(self) -> str:
@@ -597,6 +592,12 @@ class _Launch:
         tp, words = self.attempt.adjustment.tp, self._arguments()[2:]
         return self.session.model_copy(update={"tp": tp, "flags": words, "traffic": self.traffic})
 
+    def _about_hosts(self) -> list[str]:
+        """Say what cannot be known on a host that follows the first."""
+        host, hosts = self.session.node_rank + 1, self.session.nodes
+        text = f"host {host} of {hosts}: how the traffic went is known on the first"
+        return [text] if host > 1 else []
+
     # The gate
 
     def _checked(self, store: CallStore, gpus: tuple[str, ...]) -> Outcome:
@@ -605,18 +606,20 @@ class _Launch:
         report = check_session(self.session, fired, summary.captured, self.log, summary.versions)
         if report.failure:
             raise _LaunchError(report.failure)
+        served = read_served(self.place.served).done
         return Outcome(
             session=self._as_served(),
             launches=self.number,
             gpus=gpus,
-            served=read_served(self.place.served),
+            served=served,
             fired=fired,
             missing=report.missing,
-            notes=report.notes,
+            notes=[*report.notes, *self._about_hosts()],
             versions=summary.versions,
             unreadable=dict(summary.unreadable),
             thinned=summary.thinned,
             notices=dict(summary.notices),
+            not_sent=served.not_sent,
             drained_mb=round(self.tally.drained / 1e6, 1),
             peak_mb=round(self.tally.peak / 1e6, 1),
             pauses=self.tally.pauses,
@@ -626,14 +629,3 @@ class _Launch:
 def _folder(model: str) -> Path | None:
     """Return the folder of a model that is on this host."""
     return Path(model) if Path(model).is_dir() else None
-
-
-def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a server is given of our environment: nothing that may be a secret."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if (name.upper() in _PASSED_ON or name.startswith(_PREFIXES_PASSED_ON))
-        and not name.startswith(_NOT_PASSED_ON)
-        and not may_be_secret(name)
-    }

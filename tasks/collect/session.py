@@ -7,7 +7,6 @@ process after a crash.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +16,8 @@ from tasks.ops.base import Hint
 
 Mode = Literal["decode", "paged_prefill", "ragged_prefill"]
 
-
-_SECRET = re.compile(
-    r"SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL|PRIVATE|(?:^|_)(?:TOKEN|AUTH|KEY)(?:_|$)"
-)
-
-
-def may_be_secret(variable: str) -> bool:
-    """Whether an environment variable's name says that its value is nobody's business."""
-    return _SECRET.search(variable.upper()) is not None
+NOT_SENT = "a wave was not sent: "
+"""What a text among the errors of `Served` begins with that is no request's."""
 
 
 class Lengths(BaseModel):
@@ -122,3 +114,25 @@ class Served(BaseModel):
     seconds: float = 0.0
     waves_done: int = 0
     """Waves (a pair of lengths, a batch size) that are complete; a retry goes on behind them."""
+
+    @property
+    def not_sent(self) -> dict[str, int]:
+        """Why waves were not sent -> how many."""
+        return {
+            text.removeprefix(NOT_SENT): count
+            for text, count in self.errors.items()
+            if text.startswith(NOT_SENT)
+        }
+
+
+class Progress(Served):
+    """How far a session is, with the wave under way."""
+
+    done: Served = Served()
+    """What the complete waves came to. A retry goes on from here: it sends the wave that was under
+    way again, and no request counts twice."""
+
+    def followed_by(self, now: Served) -> Progress:
+        """Return it with what has been served since."""
+        same = now.waves_done == self.done.waves_done
+        return Progress(**now.model_dump(), done=self.done if same else Served(**now.model_dump()))

@@ -107,7 +107,6 @@ class StoredTensor:
 class Summary:
     """What a store holds, in numbers."""
 
-    calls: int = 0
     fired: dict[str, dict[str, int]] = field(default_factory=dict)
     """Dumped name -> process -> calls that ran when they were made."""
     captured: Counter[str] = field(default_factory=Counter)
@@ -119,7 +118,6 @@ class Summary:
     """What FlashInfer's own log said about dumps it did not write."""
     thinned: int = 0
     """Calls whose tensors were given up because the store was full."""
-    tensor_bytes: int = 0
 
 
 class CallStore:
@@ -133,11 +131,13 @@ class CallStore:
             reads: dumped name -> parameters whose data to keep; without it, what op modules need.
 
         Raises:
-            CollectError: the file cannot be opened, or is no such store.
+            CollectError: the file cannot be opened, is a link, or is no such store.
         """
         self._path = path
         self.reads = known_reads() if reads is None else reads
         self._lock = threading.RLock()
+        if path.is_symlink():
+            raise CollectError(f"{path}: a symbolic link; give the folder that the store is in")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(
@@ -179,7 +179,10 @@ class CallStore:
 
     def _all(self, query: str, *values: Any) -> list[Any]:
         with self._lock:
-            return self._db.execute(query, values).fetchall()
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise CollectError(f"{self._path}: the store of calls fails ({error})") from error
 
     def close(self) -> None:
         """Close the file; tensors can no longer be loaded."""
@@ -317,6 +320,13 @@ class CallStore:
         """Return the bytes of tensor data that are stored."""
         return int(self._all("SELECT coalesce(sum(size), 0) FROM contents")[0][0])
 
+    def file_size(self) -> int:
+        """Return the bytes of the file, records of the calls included, once all is written."""
+        ((size,),) = self._all(
+            "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        )
+        return int(size)
+
     def summary(self) -> Summary:
         """Count what the store holds."""
         fired: dict[str, dict[str, int]] = {}
@@ -331,15 +341,28 @@ class CallStore:
             for package, version in json.loads(text).items():
                 versions[package].add(version)
         return Summary(
-            calls=int(self._all("SELECT count(*) FROM calls")[0][0]),
             fired=fired,
             captured=Counter(dict(replayed)),
             versions={package: sorted(found) for package, found in sorted(versions.items())},
             unreadable=self.unreadable(),
             notices=Counter(dict(self._all("SELECT kind, count FROM notices"))),
             thinned=int(self._all("SELECT coalesce(sum(thinned), 0) FROM calls")[0][0]),
-            tensor_bytes=self.size(),
         )
+
+    def keep_within(self, limit_bytes: int) -> int:
+        """Thin to about half of `limit_bytes` if the file has grown beyond it.
+
+        The calls' own records, about 1 KB each, count too. They are never given up, and however
+        many there are, a quarter of the limit is left to tensors.
+
+        Returns:
+            How many calls lost their tensors.
+        """
+        size = self.file_size()
+        if size <= limit_bytes:
+            return 0
+        records = size - self.size()
+        return self.thin(max(limit_bytes // 2 - records, limit_bytes // 4))
 
     def thin(self, limit_bytes: int) -> int:
         """Give up tensors of the least diverse calls if more than `limit_bytes` are stored.

@@ -76,9 +76,9 @@ def collect_session(
     return serve_session(session, read_config(config), options.sessions(slug), host, log.info)
 
 
-@step(3, "collect", "Turn recorded FlashInfer calls into workload rows, and evaluate the baseline.")
+@step(3, "collect", "Turn recorded FlashInfer calls into workload rows.")
 def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None = None) -> int:
-    """Collect one definition's workloads and record phase 3 as done; return how many.
+    """Collect one definition's workloads into the dataset; return how many.
 
     Args:
         path: the run manifest.
@@ -88,7 +88,7 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
         max_workloads: how many rows at most, instead of the settings' number.
 
     Raises:
-        CollectError: there is nothing to collect from, or a workload fails its baseline.
+        CollectError: there is nothing to collect from, or no call makes a row.
     """
     log = get_run_logger()
     run = manifest.load(path)
@@ -113,24 +113,40 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     for warning in collected.realism.warnings:
         log.warning("%s: %s", name, warning)
     _show(name, plot_beside(provenance), collected.realism)
-    with leased_gpu(options.collect, log.info, name) as gpu:
-        outcome = evaluate(
-            dataset,
-            entry.op_type,
-            name,
-            effort=effort_of(options.collect),
-            kept=provenance.parent / "failed",
-            gpu=gpu,
-        )
-    log.info("%s: baseline %s", name, outcome)
-    manifest.update_kernel(
-        path,
-        name,
-        phase3_status=DONE,
-        workload_entries=collected.rows,
-        baseline_status=outcome,
-    )
+    manifest.update_kernel(path, name, workload_entries=collected.rows)
     return collected.rows
+
+
+@step(3, "evaluate baseline", "Run the baseline on the collected workloads, on a leased GPU.")
+def evaluate_baseline(path: Path, name: str, *, skip: bool = False) -> str:
+    """Evaluate one definition's baseline and record phase 3 as done; return what came of it.
+
+    Args:
+        path: the run manifest.
+        name: the definition.
+        skip: record that it was not evaluated.
+
+    Raises:
+        CollectError: a workload did not pass, or there are none.
+    """
+    log = get_run_logger()
+    run = manifest.load(path)
+    options = settings.load_settings(path.parent)
+    if skip:
+        outcome = "not evaluated (as asked)"
+    else:
+        with leased_gpu(options.collect, log.info, name) as gpu:
+            outcome = evaluate(
+                options.clone("flashinfer_trace"),
+                run.kernel(name).op_type,
+                name,
+                effort=effort_of(options.collect),
+                kept=options.provenance(run.model_slug, name).parent / "failed",
+                gpu=gpu,
+            )
+    log.info("%s: baseline %s", name, outcome)
+    manifest.update_kernel(path, name, phase3_status=DONE, baseline_status=outcome)
+    return outcome
 
 
 def _show(name: str, picture: Path, found: Realism) -> None:

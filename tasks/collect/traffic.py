@@ -23,7 +23,7 @@ import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from tasks.collect.session import Lengths, Served, Traffic
+from tasks.collect.session import NOT_SENT, Lengths, Served, Traffic
 from tasks.errors import CollectError, InputError
 from tasks.files import read_text
 from tasks.model import ModelConfig
@@ -359,7 +359,7 @@ class _Driver:
                 continue
             if wave.not_sent:
                 reasons.append(wave.not_sent)
-                self._count(f"a wave was not sent: {wave.not_sent}")
+                self._count(f"{NOT_SENT}{wave.not_sent}")
             else:
                 await self._send(wave)
                 sent += 1

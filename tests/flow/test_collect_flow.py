@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import tomli_w
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from tasks import files, manifest
 from tasks.collect.place import outcomes
 from tasks.collect.request import CollectRequest
+from tasks.collect.session import Session
 from tasks.dataset import DefinitionFiles
 from tasks.manifest import KernelEntry, RepoShas, RunManifest
 from tests.unit.test_collect import definition_of
@@ -160,6 +162,40 @@ def test_a_crash_is_tried_again_and_ends_in_rows(run: Run) -> None:
             str(path.relative_to(run.dataset)) for path in (run.dataset / place.blobs).iterdir()
         }
     assert found.kernel(NEVER).phase3_status is None
+
+
+def test_hosts_serve_one_session_after_the_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share an address, and must not wait for each other at different sessions."""
+    from prefect import flow
+
+    from flows import collect as module
+
+    events: list[str] = []
+
+    @dataclass
+    class Future:
+        name: str
+        state: State[Any] = field(default_factory=Failed)
+
+        def wait(self) -> None:
+            events.append(f"{self.name} ended")
+
+    def submit(path: Path, session: Session, config: Path, **_: Any) -> Future:
+        events.append(f"{session.id} begun")
+        return Future(session.id)
+
+    request = CollectRequest(
+        manifest=run.path, definitions=(*SHOWN, NEVER), model_path=str(run.path.parent)
+    )
+    plan, config = module.plan_sessions(request)
+    plan.sessions = [s.model_copy(update={"nodes": 2}) for s in plan.sessions]
+    monkeypatch.setattr(module, "plan_sessions", lambda _: (plan, config))
+    monkeypatch.setattr(module.collect_session, "submit", submit)
+    monkeypatch.setattr(module, "wait", lambda futures: None)
+    flow(module.serve_sessions)(request)
+    names = [session.id for session in plan.sessions]
+    assert len(names) == 2
+    assert events == [f"{name} {what}" for name in names for what in ("begun", "ended")]
 
 
 def test_sessions_and_realism_are_artifacts(run: Run) -> None:

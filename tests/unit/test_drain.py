@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_stored_calls_are_those_of_the_dumps(tmp_path: Path, store: CallStore) -
                 with pytest.raises(DumpError, match="not kept"):
                     kept.load()
     summary = store.summary()
-    assert summary.calls == len(wanted)
+    assert len(store.calls()) == len(wanted)
     assert summary.fired[PLAN] == {"s/graph:1726": 1, "s/llama:1293": 2}
     assert summary.versions["flashinfer"] == ["0.6.15.post1"]
 
@@ -316,6 +317,20 @@ def test_thinning_keeps_records_and_what_differs_most(tmp_path: Path, store: Cal
     assert {c.id for c in again.calls() if c.tensors["indices"].content} == {
         c.id for c in store.calls() if c.tensors["indices"].content
     }
+
+
+def test_the_records_of_calls_count_too(store: CallStore) -> None:
+    """A quarter of the limit is left to tensors, however many calls there are."""
+    store.add([call_of(n, length=1000) for n in range(20)])
+    limit = 400_000
+    assert store.keep_within(limit) == 0
+    store.add([replace(call_of(n), values={"text": "x" * 1000}) for n in range(100, 500)])
+    assert store.size() < limit // 4 < limit < store.file_size()
+    assert store.keep_within(limit) == 0  # few enough
+    store.add([call_of(n, length=1000) for n in range(1000, 1020)])
+    assert store.keep_within(limit) > 0
+    assert 0 < store.size() <= limit // 4
+    assert len(store.calls()) == 440
 
 
 def test_thinning_gives_disk_space_back(tmp_path: Path, store: CallStore) -> None:

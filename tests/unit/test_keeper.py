@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.collect import keeper as module
-from tasks.collect.keeper import Keeper, free_port
-from tasks.collect.lease import holders, lease
+from tasks.collect.keeper import PORT, Keeper, free_port
+from tasks.collect.lease import lease
 from tasks.collect.logs import LogFollower, Milestones, tail
 from tasks.errors import CollectError
+from tests.unit.test_lease import StopWaitingError, holders
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 30.0
@@ -58,7 +59,7 @@ from tasks.collect.keeper import Keeper
 folder, server, forks = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "forks"
 keeper = Keeper.start([sys.executable, "-c", server], environment={}, log=folder / "log",
     directory=folder / "leases", gpus=["0", "1"], count=2, grace=0.2)
-keeper.wait_leased(30)
+keeper.wait_leased()
 if forks and os.fork() == 0:
     time.sleep(600)
 print(keeper.pid, flush=True)
@@ -125,7 +126,7 @@ def test_a_server_that_ends_by_itself(place: dict[str, Any]) -> None:
     )
     place |= {"environment": {"NAME": "v", "CUDA_VISIBLE_DEVICES": "7", "LC_CTYPE": "C.UTF-8"}}
     with Keeper.start(python(code), **place) as keeper:
-        assert keeper.wait_leased(DEADLINE) == ("0", "1")
+        assert keeper.wait_leased() == ("0", "1")
         until(lambda: not keeper.alive)
         assert keeper.returncode == 3
     assert [event["event"] for event in keeper.events] == ["leased", "started", "exit"]
@@ -142,7 +143,7 @@ def test_a_server_that_ends_by_itself(place: dict[str, Any]) -> None:
 def test_a_server_without_a_gpu_sees_none(place: dict[str, Any]) -> None:
     code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
     with Keeper.start(python(code), **place | {"gpus": [], "count": 0}) as keeper:
-        assert keeper.wait_leased(DEADLINE) == ()
+        assert keeper.wait_leased() == ()
         until(lambda: not keeper.alive)
     assert tail(place["log"], 1) == "''"
 
@@ -243,7 +244,7 @@ def test_kill_9_of_the_worker_leaves_nothing(tmp_path: Path, forks: str) -> None
 
 def test_kill_9_of_the_keeper_kills_the_server(place: dict[str, Any]) -> None:
     with Keeper.start(python("import time; time.sleep(600)"), **place) as keeper:
-        keeper.wait_leased(DEADLINE)
+        keeper.wait_leased()
         server = psutil.Process(keeper.events[-1]["pid"])
         os.kill(keeper.pid, signal.SIGKILL)
         until_ended([server])
@@ -256,9 +257,13 @@ def test_stop_while_waiting_for_the_lease(place: dict[str, Any]) -> None:
     texts: list[str] = []
     with lease(place["directory"], ["0"], 1, on_wait=texts.append, session="first"):
         with Keeper.start(python("print('ran')"), **place) as keeper:
-            until(lambda: keeper.poll() or keeper.events)
-            with pytest.raises(CollectError, match="no GPUs after 0 s"):
-                keeper.wait_leased(0, texts.append)
+
+            def go_on() -> None:
+                if texts:
+                    raise StopWaitingError
+
+            with pytest.raises(StopWaitingError):
+                keeper.wait_leased(texts.append, go_on)
             assert keeper.stop() is None
         assert last_event(keeper) == {
             "event": "exit",
@@ -271,12 +276,36 @@ def test_stop_while_waiting_for_the_lease(place: dict[str, Any]) -> None:
     assert tail(place["log"], 10) == ""
 
 
+def test_a_lease_that_is_not_had_in_time_says_who_holds_it(place: dict[str, Any]) -> None:
+    held = "gave up waiting for 2 of GPUs 0, 1: GPU 0 is held by session first"
+    with (
+        lease(place["directory"], ["0"], 1, on_wait=print, session="first"),
+        Keeper.start(python("print('ran')"), **place, lease_timeout=0) as keeper,
+        pytest.raises(CollectError, match=held),
+    ):
+        keeper.wait_leased()
+    assert tail(place["log"], 10) == ""
+
+
+def test_a_port_is_chosen_when_the_gpus_are_there(place: dict[str, Any]) -> None:
+    code = "import sys; print(sys.argv[1:])"
+    with lease(place["directory"], ["1"], 1, on_wait=print):
+        keeper = Keeper.start([*python(code), "--port", PORT, "{other}"], **place)
+        until(keeper.poll)
+        assert [event["event"] for event in keeper.events] == ["waiting"]
+    with keeper:
+        keeper.wait_leased()
+        until(lambda: not keeper.alive)
+    assert 1024 <= keeper.port < 65536
+    assert tail(place["log"], 1) == f"['--port', '{keeper.port}', '{{other}}']"
+
+
 def test_the_lease_is_taken_when_it_comes_free(place: dict[str, Any]) -> None:
     with lease(place["directory"], ["1"], 1, on_wait=print):
         keeper = Keeper.start(python("pass"), **place)
         until(keeper.poll)
     with keeper:
-        assert keeper.wait_leased(DEADLINE) == ("0", "1")
+        assert keeper.wait_leased() == ("0", "1")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +322,7 @@ def test_what_cannot_be_started_says_why(
 ) -> None:
     with Keeper.start(command, **place | change) as keeper:
         with pytest.raises(CollectError, match=message):
-            keeper.wait_leased(DEADLINE)
+            keeper.wait_leased()
         until(lambda: not keeper.alive)
         assert keeper.returncode is None
 
@@ -308,13 +337,13 @@ def test_a_keeper_that_dies_is_reported(place: dict[str, Any]) -> None:
         Keeper.start(["a\0b"], **place) as keeper,
         pytest.raises(CollectError, match="keeper died: (?s:.)*ValueError: embedded null byte"),
     ):
-        keeper.wait_leased(DEADLINE)
+        keeper.wait_leased()
 
 
 def test_pause_stops_every_process_and_resume_lets_them_go_on(place: dict[str, Any]) -> None:
     code = "import os\nos.fork()\nos.setsid() if os.fork() == 0 else None\n" + WRITER
     with Keeper.start(python(code), **place) as keeper:
-        keeper.wait_leased(DEADLINE)
+        keeper.wait_leased()
         processes = psutil.Process(keeper.pid).children
         until(lambda: len(processes(recursive=True)) == 4 and place["log"].stat().st_size)
         keeper.pause()

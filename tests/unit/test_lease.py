@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.collect.lease import holders, lease, visible_gpus
+from tasks.collect import lease as module
+from tasks.collect.lease import Holder, lease, visible_gpus
 from tasks.errors import CollectError, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,13 @@ with lease(Path(directory), gpus.split(","), int(count), on_wait=print, session=
 
 class StopWaitingError(Exception):
     """Ends a wait."""
+
+
+def holders(directory: Path) -> dict[str, Holder | None]:
+    """The GPUs of a directory that are held, with who holds them."""
+    with module._alone(directory):
+        gpus = [path.stem.removeprefix("gpu-") for path in directory.glob("gpu-*.lock")]
+        return module._held(directory, module._ordered(gpus, "test"))
 
 
 def unexpected(text: str) -> None:

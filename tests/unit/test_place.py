@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shutil
+import socket
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tasks.collect import serve
+from tasks.collect import scratch, serve
+from tasks.collect.engine import read_served, save_served
 from tasks.collect.failures import Adjustment
-from tasks.collect.place import Attempt, Outcome, Place, outcomes
+from tasks.collect.place import Attempt, Outcome, Place, failures, outcomes
 from tasks.collect.serve import Host
 from tasks.collect.session import Mode, Served, Session, Traffic
 from tasks.collect.store import CallStore
-from tasks.errors import CollectError
+from tasks.errors import CollectError, InputError
 from tasks.settings import CollectSettings
 from tests.conftest import DATA
 
@@ -88,6 +93,151 @@ def test_a_damaged_session_costs_no_other(tmp_path: Path, caplog: pytest.LogCapt
     assert str(bad.root) in caplog.text
 
 
+@pytest.mark.parametrize(
+    "text", ["", '{"session": ', "[]", '{"session": 3, "attempts": []}', "[" * 9999]
+)
+def test_damaged_attempts_are_named_and_cost_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (bad, _, _), (good, left, _) = killed(tmp_path, "bad"), killed(tmp_path, "good")
+    (bad.root / "attempts.json").write_text(text)
+    with pytest.raises(CollectError, match=r"bad-.*/attempts.json: .*remove the folder .*bad-"):
+        bad.attempts()
+    with caplog.at_level(logging.WARNING):
+        assert failures(tmp_path) == []
+    assert "attempts.json" in caplog.text
+    said = list[str]()
+    own = Place.of(tmp_path, session("own"))
+    serve._tidy(tmp_path, own, Host(CollectSettings()), said.append)
+    assert not left.dumps.exists()
+    assert ["left as it is" in line for line in said] == [True]
+    assert (bad.root / "memory").exists()
+    assert good.attempts() == [left]
+
+
+def test_a_damaged_count_of_the_traffic_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "served.json"
+    for text in ("", '{"requests": "many"}', "[]"):
+        file.write_text(text)
+        with pytest.raises(CollectError, match=r"served.json: .*remove it to send"):
+            read_served(file)
+
+
+def test_a_wave_that_is_sent_again_counts_once(tmp_path: Path) -> None:
+    file = tmp_path / "served.json"
+    for served in (
+        Served(requests=2),
+        Served(requests=4, failed=1, errors={"e": 1}, waves_done=1),
+        Served(requests=7, failed=2, errors={"e": 2}, waves_done=1),
+    ):
+        save_served(file, served)
+    assert (read_served(file).requests, read_served(file).done.requests) == (7, 4)
+    # The next launch begins where the complete waves ended.
+    before = read_served(file).done
+    assert before == Served(requests=4, failed=1, errors={"e": 1}, waves_done=1)
+    save_served(file, Served(requests=8, failed=1, errors={"e": 1}, waves_done=2))
+    assert read_served(file).done.requests == 8
+    assert read_served(file).done.failed == 1
+
+
+def left_behind(folder: Path, whose: Path, **owner: object) -> Path:
+    """Leave a folder as a killed launch does."""
+    (folder / "dump").mkdir(parents=True)
+    note = {"host": socket.gethostname(), "session": str(whose), **owner}
+    folder.with_name(f"{folder.name}.json").write_text(json.dumps(note))
+    return folder
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(scratch, "SHARED", folder)
+    return folder
+
+
+def test_dumps_in_memory_go_when_their_launch_ends(memory: Path, tmp_path: Path) -> None:
+    folder = scratch.folder_in_memory("s-1", 2, 0)
+    assert folder is not None
+    assert folder != scratch.folder_in_memory("s-1", 2, 0)
+    with scratch.used(folder, tmp_path / "s-1"):
+        (folder / "dump").mkdir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert scratch.left() == []  # it is used
+        with pytest.raises(CollectError, match="cannot be made"), scratch.used(folder, tmp_path):
+            pass
+    assert list(memory.iterdir()) == []
+    assert scratch.folder_in_memory("s-1", 2, 1 << 62) is None
+
+
+def test_what_cannot_be_removed_now_is_known_later(
+    memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left_behind(memory / f"onboard-{os.getuid()}-1-gone-1", tmp_path / "deleted")
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.shutil, "rmtree", lambda *_, **__: None)
+        scratch.remove(folder)
+    assert scratch.left() == [(folder, tmp_path / "deleted")]
+    scratch.remove(folder)
+    scratch.remove(folder)
+    assert list(memory.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "1"}', '{"pid": -1}'])
+def test_a_damaged_note_of_a_keeper_is_named(tmp_path: Path, text: str) -> None:
+    place, attempt, _ = killed(tmp_path, "s")
+    (place.logs(1) / "keeper.json").write_text(text)
+    with pytest.raises(InputError, match=r"attempt-1/keeper.json: "):
+        serve._take_over(place, 1, attempt, Host(CollectSettings()))
+    assert attempt.dumps.is_dir()
+
+
+def test_dumps_of_sessions_that_are_gone_are_removed(memory: Path, tmp_path: Path) -> None:
+    sessions, ours = tmp_path / "here", f"onboard-{os.getuid()}"
+    own = Place.of(sessions, session("own"))
+    gone = left_behind(memory / f"{ours}-1-gone-1", tmp_path / "deleted" / "s")
+    kept = [
+        left_behind(memory / f"{ours}-2-other-1", tmp_path / "deleted", host="another"),
+        left_behind(memory / "onboard-99999-3-theirs-1", tmp_path / "deleted"),
+        left_behind(memory / f"{ours}-4-odd-1", tmp_path / "deleted", session=3),
+    ]
+    (memory / f"{ours}-5-stale-1.json").write_text((memory / f"{gone.name}.json").read_text())
+    (memory / f"{ours}-6-link-1").symlink_to(sessions)
+    (memory / f"{ours}-6-link-1.json").write_text((memory / f"{gone.name}.json").read_text())
+    used = memory / f"{ours}-7-used-1"
+    said = list[str]()
+    with scratch.used(used, tmp_path / "deleted" / "s"):
+        serve._tidy(sessions, own, Host(CollectSettings()), said.append)
+        assert used.is_dir()
+    assert not gone.exists()
+    assert ["whose session is gone" in line for line in said] == [True]
+    assert all(folder.is_dir() for folder in kept)
+    names = {path.name for path in memory.iterdir()}
+    assert names == {f"{ours}-6-link-1"} | {
+        name for folder in kept for name in (folder.name, f"{folder.name}.json")
+    }
+
+
+def test_dumps_of_another_workspaces_killed_session_are_taken_over(
+    memory: Path, tmp_path: Path
+) -> None:
+    place, attempt, count = killed(tmp_path / "there", "s")
+    (place.logs(1) / "go").touch()
+    folder = memory / f"onboard-{os.getuid()}-1-s-1"
+    left_behind(folder, place.root)
+    shutil.rmtree(folder)
+    attempt.dumps.rename(folder)
+    place.record(session("s"), [attempt.model_copy(update={"dumps": folder})])
+    own = Place.of(tmp_path / "here", session("own"))
+    with place.alone(print, lambda: None):
+        serve._tidy(tmp_path / "here", own, Host(CollectSettings()), print)
+        assert folder.is_dir()  # somebody goes on with it
+    serve._tidy(tmp_path / "here", own, Host(CollectSettings()), print)
+    assert list(memory.iterdir()) == []
+    with CallStore(place.store) as store:
+        assert len(store.calls()) == count
+
+
 def test_another_plan_has_another_folder(tmp_path: Path) -> None:
     other = session().model_copy(update={"flags": ("--page-size", "64")})
     assert Place.of(tmp_path, session()).root != Place.of(tmp_path, other).root
@@ -121,11 +271,11 @@ def test_other_sessions_leftovers_are_taken_over_unless_they_are_served(tmp_path
     )
     (idle.logs(1) / "go").touch()
     with busy.alone(lambda text: None, lambda: None):
-        serve._tidy(tmp_path, own, host)
+        serve._tidy(tmp_path, own, host, print)
     assert not left.dumps.exists()
     assert used.dumps.exists()
     with CallStore(idle.store) as store:
-        assert store.summary().calls == count
+        assert len(store.calls()) == count
 
 
 def test_calls_of_other_kernels_are_set_aside(tmp_path: Path) -> None:
@@ -137,7 +287,7 @@ def test_calls_of_other_kernels_are_set_aside(tmp_path: Path) -> None:
     assert not place.store.exists()
     assert not place.served.exists()
     with CallStore(place.logs(1) / "calls.sqlite") as store:
-        assert store.summary().calls == count
+        assert len(store.calls()) == count
 
 
 def test_waiting_for_a_session_can_be_ended(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import ops
+from tasks.collect.live import check_model
 from tasks.collect.plan import (
     NodeGroup,
     Wish,
@@ -290,10 +291,44 @@ def test_runs_are_recorded_where_they_are_asked_for() -> None:
 def test_several_hosts_are_handed_to_sglang() -> None:
     model = model_of("meta-llama--Meta-Llama-3.1-8B")
     wish = Wish("m", nodes=NodeGroup(2, 1, "10.0.0.1:5000"))
-    for session in plan_sessions(needed(model, 1), model, wish, FLAGS).sessions:
+    for session in plan_sessions(needed(model, 2, 4), model, wish, FLAGS).sessions:
+        assert session.tp % 2 == 0
+        assert all(size % 2 == 0 for size in session.tp_choices)
+        assert (session.nodes, session.node_rank) == (2, 1)
         flags = flags_of(session.flags)
+        assert flags["--tp-size"] == str(session.tp)
         assert (flags["--nnodes"], flags["--node-rank"]) == ("2", "1")
         assert flags["--dist-init-addr"] == "10.0.0.1:5000"
+
+
+def test_hosts_that_cannot_share_a_kernels_ranks_are_refused() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    wish = Wish("m", nodes=NodeGroup(2, 0, "10.0.0.1:5000"))
+    with pytest.raises(InputError, match="--nnodes: gqa_paged_.* is of tp 1, which 2 hosts"):
+        plan_sessions(needed(model, 1), model, wish, FLAGS)
+    norms = [spec for spec in needed(model, 1) if not spec.tp]
+    three = Wish("m", nodes=NodeGroup(3, 0, "10.0.0.1:5000"))
+    assert [s.tp for s in plan_sessions(norms, model, three, FLAGS).sessions] == [3]
+
+
+def test_waves_that_do_not_fit_the_model_are_told_and_not_estimated() -> None:
+    model = model_of("meta-llama--Meta-Llama-3.1-8B")
+    whole = Traffic(lengths=(Lengths(isl=100, osl=50),), batch_sizes=(2, 4))
+    longer = (*whole.lengths, Lengths(isl=131_072, osl=50))
+    plans = [
+        plan_sessions(needed(model, 1), model, Wish("m", traffic), FLAGS).sessions
+        for traffic in (whole, whole.model_copy(update={"lengths": longer}))
+    ]
+    for fitting, session in zip(*plans, strict=True):
+        expected, told = estimate(fitting, model), estimate(session, model)
+        assert expected.not_sent == {}
+        if max(length.isl for length in session.traffic.lengths) < 131_072:
+            assert told.not_sent == {}  # whole calls are recorded of short requests
+            continue
+        assert told.calls == expected.calls
+        ((reason, count),) = told.not_sent.items()
+        assert count == len(whole.batch_sizes)
+        assert "131072 + 50 tokens are longer than the server takes (131072" in reason
 
 
 def test_an_estimate_counts_the_traffic() -> None:
@@ -361,6 +396,7 @@ def test_a_request_names_the_kernels_that_are_not_done() -> None:
         ({"node_rank": 5}, "node_rank: 5 is not one of 1"),
         ({"dist_init_addr": "a:1"}, "dist_init_addr: is for several nodes"),
         ({"dist_init_addr": "--foo", "nnodes": 2}, "dist_init_addr: '--foo' is not host:port"),
+        ({"dist_init_addr": "a:70000", "nnodes": 2}, "dist_init_addr: 'a:70000' is not host:port"),
         ({"server_env": {"HF_TOKEN": "x"}}, "HF_TOKEN would be shown"),
         ({"server_env": {"MYSECRET": "x"}}, "MYSECRET would be shown"),
     ],
@@ -368,6 +404,41 @@ def test_a_request_names_the_kernels_that_are_not_done() -> None:
 def test_wrong_requests_name_the_option(fields: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         parse_request(manifest=Path("m.json"), **fields)
+
+
+def changed(name: str, folder: Path, **fields: object) -> ModelConfig:
+    """A model with other fields in its config."""
+    raw = json.loads((DATA / "configs" / f"{name}.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | fields))
+    return read_config(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("other", "fields", "said"),
+    [
+        ("Qwen--Qwen3-30B-A3B", {}, "architecture Qwen3MoeForCausalLM, .* LlamaForCausalLM"),
+        ("meta-llama--Meta-Llama-3.1-8B", {"num_hidden_layers": 4}, "num_layers 4, .* of, 32"),
+        ("meta-llama--Meta-Llama-3.1-70B", {}, "hidden_size 8192, .* of, 4096"),
+    ],
+)
+def test_another_model_than_the_manifests_is_not_served(
+    tmp_path: Path, other: str, fields: dict[str, object], said: str
+) -> None:
+    own = model_of("meta-llama--Meta-Llama-3.1-8B")
+    run = manifest_of(*needed(own, 1))
+    run.architecture = own.architecture
+    check_model(changed("meta-llama--Meta-Llama-3.1-8B", tmp_path, torch_dtype="x"), run, own)
+    model = changed(other, tmp_path, **fields)
+    with pytest.raises(InputError, match=f"--model-path, --config: .*config.json has {said}"):
+        check_model(model, run, own)
+
+
+def test_another_model_is_known_by_its_kernels_too(tmp_path: Path) -> None:
+    own = model_of("meta-llama--Meta-Llama-3.1-8B")
+    run = manifest_of(*needed(own, 1)[:1])
+    check_model(own, run, None)
+    with pytest.raises(InputError, match="none of the kernels .* of a/m .gqa_paged_decode_h32"):
+        check_model(model_of("meta-llama--Meta-Llama-3.1-70B"), run, None)
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=6))

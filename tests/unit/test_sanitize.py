@@ -402,9 +402,57 @@ def test_scalars_that_nobody_states_reject_the_rows(dumped: Dumps, dataset: Path
     assert "neither in the dump nor from a model config" in result.output
     assert not (dataset / "workloads").exists()
     # A model without such a kernel states nothing either.
+    assert "(give --model-config)" in result.output
     config = DATA / "configs" / "Qwen--Qwen3-30B-A3B.json"
     where = ("--dump-dir", dumped.root, "--dataset", dataset)
-    assert run(*where, "--definitions", name, "--model-config", config).exit_code == 1
+    other = run(*where, "--definitions", name, "--model-config", config)
+    assert other.exit_code == 1
+    assert f"nor from a model config ({config} has no such kernel)" in other.output
+    assert "give --model-config" not in other.output
+    # That is advice for the rest too, but for kernels that the model has.
+    norm = run(*where, "--definitions", "rmsnorm_h512", "--model-config", config, "--json")
+    assert "has no such kernel" not in norm.output
+
+
+def test_a_folder_without_calls_is_named(dataset: Path, tmp_path: Path) -> None:
+    """It is said what was expected, and what was found."""
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    result = run("--dump-dir", folder, "--dataset", dataset)
+    assert result.exit_code == 2
+    assert f"{folder}: no dumped call was found (it is empty); expected" in result.output
+    assert "_call0001 with metadata.jsonl in it" in result.output
+    for number in range(7):
+        (folder / f"other{number}" / "empty").mkdir(parents=True)
+    shown = "other0, other1, other2, other3, other4, ..."
+    result = run("--dump-dir", folder, "--dataset", dataset)
+    assert f"no dumped call was found (only {shown}); expected" in result.output
+
+
+def test_a_store_that_is_none_is_named(dataset: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "session", tmp_path / "elsewhere.sqlite"
+    folder.mkdir()
+    store = folder / "calls.sqlite"
+    store.touch()
+    result = run("--dump-dir", folder, "--dataset", dataset)
+    assert (result.exit_code, store.stat().st_size) == (2, 0)
+    assert f"{store}: is empty: the session that made it drained no call" in result.output
+    CallStore(elsewhere).close()
+    content = elsewhere.read_bytes()
+    for target in (elsewhere, tmp_path / "nowhere"):
+        store.unlink()
+        store.symlink_to(target)
+        result = run("--dump-dir", folder, "--dataset", dataset)
+        assert result.exit_code == 1
+        assert f"{store}: a symbolic link; give the folder" in result.output
+    assert elsewhere.read_bytes() == content
+    assert not (tmp_path / "nowhere").exists()
+    store.unlink()
+    store.write_bytes(content[: len(content) // 2])
+    result = run("--dump-dir", folder, "--dataset", dataset)
+    assert result.exit_code == 1
+    assert str(store) in result.output
+    assert "Traceback" not in result.output
 
 
 def test_table_for_people(dumped: Dumps, dataset: Path) -> None:

@@ -6,6 +6,7 @@ All are played at the start, side by side; what every test proves is read from w
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -28,13 +30,13 @@ from pydantic import SecretStr
 from tasks.collect import serve as module
 from tasks.collect.dumps import CallLog
 from tasks.collect.failures import Kind
-from tasks.collect.lease import holders
+from tasks.collect.live import session_table
 from tasks.collect.place import Outcome, Place, outcomes
 from tasks.collect.plan import Wish, plan_sessions
 from tasks.collect.rows import find, form_of
 from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Lengths, Session, Traffic
-from tasks.collect.traffic import Limits, waves
+from tasks.collect.traffic import Limits, sampling_params, waves
 from tasks.discover.sglang_index import index_sglang
 from tasks.errors import CollectError, InputError
 from tasks.model import Serving, read_config
@@ -42,6 +44,7 @@ from tasks.ops import registry
 from tasks.ops.base import FlashInferApi, KernelSpec
 from tasks.settings import CollectSettings
 from tests.unit.test_collect import definition_of
+from tests.unit.test_lease import holders
 
 pytestmark = pytest.mark.bench_extra
 
@@ -261,8 +264,12 @@ def until(fact: Callable[[], Any]) -> Any:
 
 
 def play_ragged(root: Path) -> Stage:
-    """A session that ends well, whose server plans the paged wrapper too and never runs it."""
-    played = stage(root, "ragged", RAGGED, fault="warm_up")
+    """A session that ends well, whose server plans the paged wrapper too and never runs it.
+
+    Half of its waves are longer than the model's context.
+    """
+    lengths = (Lengths(isl=96, osl=12), Lengths(isl=4096, osl=12))
+    played = stage(root, "ragged", RAGGED, fault="warm_up", lengths=lengths)
     record = (*played.session.record, PAGED_PLAN)
     played.session = played.session.model_copy(update={"record": record})
     played.serve()
@@ -380,6 +387,38 @@ def play_pattern(root: Path) -> Stage:
     return played
 
 
+def play_hosts(root: Path) -> list[Stage]:
+    """The second of two hosts: its server shows calls, then ends with the first's; or by itself."""
+    ended, full = stage(root, "ended", RAGGED), stage(root, "full", RAGGED, fault="no_room")
+    for played in (ended, full):
+        hosts = ("--nnodes", "2", "--node-rank", "1", "--dist-init-addr", "127.0.0.1:9")
+        played.session = played.session.model_copy(
+            update={
+                "nodes": 2,
+                "node_rank": 1,
+                "tp": 2,
+                "flags": (*played.session.flags, *hosts),
+            }
+        )
+
+    def first_host(line: str) -> None:
+        """Do as the first host's server does: share a batch with this one, then end."""
+        ended.hear(line)
+        if "ready, traffic begins" in line:
+            command, _ = next(each for each in ended.shown if "--node-rank 1" in each[0])
+            words = command.split()
+            url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/generate"
+            asked = sampling_params(ended.session.traffic, 2)
+            body = {"input_ids": [11, 12, 13], "sampling_params": asked}
+            httpx.post(url, json=body, trust_env=False, timeout=60)
+            for process in ended.seen:
+                process.kill()
+
+    ended.served.append(serve(ended.folder, ended.session, first_host))
+    full.serve()
+    return [ended, full]
+
+
 def play_starts(root: Path) -> list[Stage]:
     """Servers that never come up."""
     flag = stage(root, "flag", RAGGED, fault="bad_flag")
@@ -398,6 +437,7 @@ PLAYS: tuple[Callable[[Path], Any], ...] = (
     play_requests,
     play_triton,
     play_pattern,
+    play_hosts,
 )
 
 
@@ -447,10 +487,17 @@ def test_a_session_of_ragged_prefills(plays: dict[str, Future[Any]]) -> None:
     played: Stage = plays["ragged"].result()
     assert played.errors == []
     outcome = check_complete(played, 1)
-    first, second = played.planned()
+    first, second, *rest = played.planned()
+    assert rest == [[], []]
     assert played.prompts()[:1] == first
     assert sorted(played.prompts()[1:]) == sorted(second)
-    assert (outcome.served.requests, outcome.served.failed, outcome.served.waves_done) == (4, 0, 2)
+    assert (outcome.served.requests, outcome.served.failed, outcome.served.waves_done) == (4, 0, 4)
+    ((reason, count),) = outcome.not_sent.items()
+    assert count == 2
+    assert reason.startswith("requests of 4096 + 12 tokens are longer than the server takes (4096")
+    assert f"{played.session.id}: 2 waves will not be sent: {reason}" in played.said
+    (row,) = session_table([outcome])
+    assert (row["requests"], row["waves not sent"]) == ("4 (0 failed)", "2")
 
     # Nothing else counted: not what the server called before it was ready.
     steps = played.steps("prefill")
@@ -518,7 +565,9 @@ def test_a_crash_costs_the_wave_it_was_in(plays: dict[str, Future[Any]]) -> None
     assert sorted(arrived[-3:]) == sorted(second)
     assert arrived[1:-3]
     assert all(prompt in second for prompt in arrived[1:-3])
-    assert outcome.served.waves_done == 2
+    # The wave that was sent twice counts once.
+    assert (outcome.served.requests, outcome.served.waves_done) == (len(first) + len(second), 2)
+    assert (outcome.served.failed, outcome.served.errors) == (0, {})
 
     # What the first launch called is there, once, and so is what the second did.
     prefills, decodes = played.steps("prefill"), played.steps("decode")
@@ -603,6 +652,26 @@ def test_a_pattern_that_matches_nothing_is_named(plays: dict[str, Future[Any]]) 
     norms = len(played.steps("prefill") + played.steps("decode"))
     assert f"none of the expected calls was made; these were: rmsnorm ({norms})" in str(error)
     assert f"record {wanted} (instead of flashinfer.prefill.{wanted}?)" in str(error)
+
+
+def test_a_host_that_follows_the_first(plays: dict[str, Future[Any]]) -> None:
+    ended, full = plays["hosts"].result()
+    # One GPU of two is leased here, no traffic is sent from here, and what was shown is kept.
+    outcome = check_complete(ended, 1)
+    assert (outcome.session.tp, outcome.served.requests) == (2, 0)
+    assert "host 2 of 2: how the traffic went is known on the first" in outcome.notes
+    command = next(each for each, _ in ended.shown if "sglang.launch_server" in each)
+    assert "--tp-size 2" in command
+    hosts = r"--nnodes 2 --node-rank 1 --dist-init-addr 127\.0\.0\.1:9"
+    assert re.search(rf"{hosts} --host 127\.0\.0\.1 --port \d+$", command)
+    assert ended.prompts() == [[11, 12, 13]]
+    assert outcome.fired == {SPECS_RECORDED[RAGGED][0]: 1}
+
+    # Nothing is adjusted on one host alone.
+    check_nothing_left(full)
+    (error,) = full.errors
+    assert (error.failure.kind, error.again) == (Kind.NO_ROOM_FOR_KV, False)
+    assert "one of 2 hosts: start it again on all" in str(error)
 
 
 def test_servers_that_do_not_start(plays: dict[str, Future[Any]]) -> None:

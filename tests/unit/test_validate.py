@@ -713,7 +713,9 @@ def test_findings_of_flashinfer_bench_are_merged_once() -> None:
 def test_optional_inputs_may_be_absent(root: Path) -> None:
     put(GQA_FILE, "inputs", "v", "optional", value=True)(root)
     edit(GQA_ROWS, lambda value: value["workload"]["inputs"].pop("v"))(root)
-    assert validate(root).errors == []
+    found = validate(root)
+    assert found.errors == []
+    assert said(found.warnings, GQA_ROWS, "line 1: workload.inputs.v", "random values")
 
 
 @pytest.mark.usefixtures("no_bench")
