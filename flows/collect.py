@@ -161,7 +161,9 @@ def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:
     if not flags:
         raise InputError(f"{tree}: no server flag of SGLang can be read there")
     model, known = read_config(config), _known_config(run, cache / "hub")
-    plan = live.plan_collection(request, run, model, flags, options.gpu_memory_gb, known=known)
+    plan = live.plan_collection(
+        request, run, model, flags, options.gpu_memory_gb, known=known, sglang=name
+    )
     return plan, config
 
 

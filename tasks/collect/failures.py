@@ -110,7 +110,11 @@ def _rule(kind: Kind, *patterns: str, raised: bool = False) -> _Rule:
 # The first rule with a line in the log decides, so causes stand before their consequences.
 _RULES = (
     _rule(Kind.DISK_FULL, r"\[Errno 28\]", r"No space left on device"),
-    _rule(Kind.NO_ROOM_FOR_KV, r"Not enough memory\. Please try to increase --mem-fraction-static"),
+    _rule(
+        Kind.NO_ROOM_FOR_KV,
+        r"Not enough memory\. Please try to increase --mem-fraction-static",
+        r"leave no GPU memory for the KV cache",  # SGLang 0.5.17
+    ),
     _rule(
         Kind.POOL_TOO_SMALL,
         r"(?:Decode|Prefill) out of memory\. Try to lower your batch size",

@@ -37,6 +37,7 @@ def plan_collection(
     gpu_memory_gb: float,
     *,
     known: ModelConfig | None = None,
+    sglang: str = "",
 ) -> Plan:
     """Plan the sessions that a request needs.
 
@@ -47,6 +48,7 @@ def plan_collection(
         flags: the server flags of the SGLang that will run.
         gpu_memory_gb: memory of one GPU.
         known: the config that the manifest was made from, where that is at hand.
+        sglang: what names the SGLang that will run.
 
     Raises:
         InputError: a definition is not the manifest's, the model is another than its, it is not
@@ -60,7 +62,9 @@ def plan_collection(
     if request.model_path is not None or request.config is not None:
         check_model(model, run, known)
     _check_lengths(request, model)
-    return plan_sessions(specs, model, request.wish(run), flags, gpu_memory_gb)
+    plan = plan_sessions(specs, model, request.wish(run), flags, gpu_memory_gb)
+    sessions = [session.model_copy(update={"sglang": sglang}) for session in plan.sessions]
+    return plan.model_copy(update={"sessions": sessions})
 
 
 def check_model(model: ModelConfig, run: RunManifest, known: ModelConfig | None) -> None:

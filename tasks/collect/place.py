@@ -77,7 +77,8 @@ class Outcome(BaseModel):
 class Place:
     """The folder of one session: what is known of it, on disk.
 
-    Its name has a digest of the session, so that another plan never takes this one's calls.
+    Its name has a digest of the session, so that another plan never takes this one's calls. The
+    same plan with another SGLang does: what one version has shown is not collected again.
     """
 
     def __init__(self, root: Path) -> None:
@@ -90,7 +91,8 @@ class Place:
     @classmethod
     def of(cls, sessions: Path, session: Session) -> Place:
         """Return a session's place in the folder of all sessions."""
-        digest = hashlib.sha256(session.model_dump_json().encode()).hexdigest()[:8]
+        content = session.model_dump_json(exclude={"sglang"})
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         return cls(sessions / f"{files.safe_name(session.id, 'session id')}-{digest}")
 
     @contextmanager

@@ -130,7 +130,7 @@ def choose(
     served = [s for s in sessions if spec.name in s.definitions] or list(sessions)
     provenance = {
         "sessions": [
-            {"id": s.id, "model": s.model, "tp": s.tp, "ep": s.ep, "flags": list(s.flags)}
+            s.model_dump(mode="json", include={"id", "model", "sglang", "tp", "ep", "flags"})
             for s in served
         ],
         "tp": list(spec.tp),

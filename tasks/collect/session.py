@@ -67,6 +67,8 @@ class Session(BaseModel):
     """Unique within a run, safe as a folder's name."""
     model: str
     """Hugging Face repository id, or a folder with config.json."""
+    sglang: str = ""
+    """What names the SGLang that was planned with: its version, or its commit."""
     tp: int = Field(ge=1)
     ep: int = Field(ge=1)
     page_size: int = Field(ge=1)

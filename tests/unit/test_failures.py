@@ -60,6 +60,12 @@ AssertionError: chunked_prefill_size must be a multiple
             "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static. "
             "Current value: mem_fraction_static=0.88",
         ),
+        (
+            Kind.NO_ROOM_FOR_KV,
+            "ValueError: Loaded weights leave no GPU memory for the KV cache under "
+            "--mem-fraction-static=0.08. Raise --mem-fraction-static above 0.113 (minimum viable = "
+            "1 - available/pre = 0.1126).",
+        ),
         (Kind.POOL_TOO_SMALL, "RuntimeError: Decode out of memory. Try to lower your batch size."),
         (Kind.POOL_TOO_SMALL, "RuntimeError: alloc_req_slots runs out of memory. Please set a"),
         (

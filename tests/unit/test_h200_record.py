@@ -14,7 +14,7 @@ from flows.command import app
 from tests.conftest import DATA
 
 RECORD = json.loads((DATA / "h200" / "record.json").read_text())
-MODELS = ("llama", "mla", "qwen3-30b-a3b")
+MODELS = ("llama", "llama-sampling", "llama-tp2", "mla", "qwen3-30b-a3b", "qwen3moe")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -56,6 +56,20 @@ def test_every_definition_was_served_and_evaluations_passed(dataset: Path) -> No
             count = evaluation["workloads"]
             assert evaluation["statuses"] == {"PASSED": count}
             assert 0 < count <= len(rows[evaluation["definition"]])
+
+
+def test_every_family_that_fires_passed_on_one_gpu_and_attention_on_two() -> None:
+    passed = {(item["model"], item["definition"]) for item in RECORD["evaluations"]}
+    stages = ("paged_decode", "paged_prefill_causal", "ragged_prefill_causal")
+    for model in ("llama-tp2", "qwen3-30b-a3b", "mla"):
+        for stage in stages:
+            names = [name for of, name in passed if of == model and stage in name]
+            pages = {name.rpartition("_ps")[2] for name in names}
+            assert pages == {"1", "64"} if "paged" in stage else len(names) == 1
+    assert any("rmsnorm" in name for _, name in passed)
+    assert ("llama-sampling", "top_k_top_p_sampling_from_probs_v4096") in passed
+    on_two = {item["session"] for item in RECORD["sessions"] if item["tp"] == 2}
+    assert len(on_two) == 3
 
 
 def test_traffic_was_served_whole_at_batch_sizes_of_every_order() -> None:

@@ -41,6 +41,14 @@ def session(name: str = "s", mode: Mode = "decode") -> Session:
     )
 
 
+def test_another_sglang_goes_on_with_the_session_and_another_plan_does_not(tmp_path: Path) -> None:
+    planned = session()
+    same = planned.model_copy(update={"sglang": "0.5.18"})
+    other = planned.model_copy(update={"page_size": 64})
+    assert Place.of(tmp_path, planned).root == Place.of(tmp_path, same).root
+    assert Place.of(tmp_path, planned).root != Place.of(tmp_path, other).root
+
+
 def outcome(served: Session) -> Outcome:
     return Outcome(
         session=served,
