@@ -244,6 +244,9 @@ def collect(
     skip_evaluation: Annotated[
         bool, typer.Option("--skip-evaluation", help="Do not evaluate the baselines.")
     ] = False,
+    sessions_only: Annotated[
+        bool, typer.Option("--sessions-only", help="Serve and record; make no rows yet.")
+    ] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Print the sessions; start nothing.")
     ] = False,
@@ -280,6 +283,7 @@ def collect(
         keep_dumps=keep_dumps,
         max_workloads=max_workloads,
         skip_evaluation=skip_evaluation,
+        sessions_only=sessions_only,
     )
     return _plan_only(request, as_json) if plan_only else _collect(request, as_json)
 

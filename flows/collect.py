@@ -17,6 +17,7 @@ from prefect.futures import wait
 from prefect.states import Completed, Failed
 from pydantic import BaseModel
 
+from flows.dispatch import check_crashes
 from tasks import manifest, settings
 from tasks.collect import live
 from tasks.collect.place import Outcome
@@ -39,17 +40,21 @@ from tasks.request import REPOSITORY
 class Collection(BaseModel):
     """What collection came to, by definition."""
 
+    sessions: list[str] = []
+    """The sessions that are complete."""
     rows: dict[str, int] = {}
     failed: dict[str, str] = {}
-    """Why there are no rows, or their baseline did not pass."""
+    """Why a session is not complete, there are no rows, or their baseline did not pass."""
     not_collected: dict[str, str]
     """Why no session of this model shows it."""
 
     @property
     def counts(self) -> str:
         """How many of each."""
+        had = f"{len(self.rows)} definitions have workloads" if self.rows else ""
+        served = f"{len(self.sessions)} sessions are complete"
         return (
-            f"{len(self.rows)} definitions have workloads, {len(self.failed)} failed, "
+            f"{had or served}, {len(self.failed)} failed, "
             f"{len(self.not_collected)} cannot be collected from this model"
         )
 
@@ -58,6 +63,8 @@ class ServedSessions(NamedTuple):
     """What the sessions of a model came to."""
 
     outcomes: list[Outcome]
+    failed: dict[str, str]
+    """Session -> why it is not complete."""
     not_collected: dict[str, str]
 
 
@@ -76,10 +83,15 @@ def collect_workloads(request: CollectRequest) -> State[Collection]:
     Args:
         request: what to collect, and how to serve the model.
     """
+    check_crashes(request.manifest.parent)
     served = serve_sessions(request)
     run = manifest.load(request.manifest)
-    found = Collection(not_collected=served.not_collected)
-    for entry in request.chosen(run):
+    found = Collection(
+        sessions=[outcome.session.id for outcome in served.outcomes],
+        failed=served.failed if request.sessions_only else {},
+        not_collected=served.not_collected,
+    )
+    for entry in () if request.sessions_only else request.chosen(run):
         name = entry.definition_name
         if name in served.not_collected:
             continue
@@ -113,12 +125,15 @@ def serve_sessions(request: CollectRequest) -> ServedSessions:
             if session.nodes > 1:
                 futures[-1].wait()  # the hosts have to be at the same one, and share an address
         wait(futures)
-    outcomes = [
-        Outcome.model_validate(future.result()) for future in futures if future.state.is_completed()
-    ]
+    outcomes, failed = [], {}
+    for session, future in zip(plan.sessions, futures, strict=True):
+        if future.state.is_completed():
+            outcomes.append(Outcome.model_validate(future.result()))
+        else:
+            failed[session.id] = str(future.state.message)
     if outcomes:
         show_sessions(manifest.load(request.manifest).model_slug, outcomes)
-    return ServedSessions(outcomes, plan.not_collected)
+    return ServedSessions(outcomes, failed, plan.not_collected)
 
 
 def collect_and_evaluate(request: CollectRequest, name: str) -> int:

@@ -1,6 +1,6 @@
-"""Starting a kernel's run: the one place that knows whether the flows are deployed.
+"""Starting a child run: the one place that knows whether the flows are deployed.
 
-Embedded, the child flow is called inline. Served, a run of its deployment is created, which has its
+Embedded, a child flow is called inline. Served, a run of its deployment is created, which has its
 own page, retry button and state in the UI, and is waited for until it is final or paused.
 """
 
@@ -10,64 +10,109 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import get_client, tags, task
+from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.runtime import deployment, flow_run
 from prefect.states import AwaitingRetry
+from pydantic import BaseModel
 
-from flows.kernel import onboard_kernel
-from tasks.request import OnboardRequest
+from tasks import settings
+from tasks.errors import CollectError
 
-KERNEL_DEPLOYMENT = "onboard-kernel/onboard-kernel"
 _POLL_SECONDS = 2
+_RESCUE_SECONDS = 120
+"""How long a crashed run is given to be started again by the automation."""
+_ENDS = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
 
 
-@task(
-    name="start-kernel",
-    task_run_name="{name}",
-    description="Run one kernel's flow; its failure is recorded and stops no other kernel.",
-)
-def start_kernel(request: OnboardRequest, path: Path, name: str) -> State[Any]:
-    """Run `onboard-kernel`; this task ends in the state that run ended in."""
-    if deployment.id:
-        return _run_deployed(request, path, name)
-    with tags(*_tags(request, name)):
-        return onboard_kernel(request, path, name, return_state=True)
+def deployed() -> bool:
+    """Say whether this run is one of a deployment, so that its children are too."""
+    return bool(deployment.id)
 
 
-def _tags(request: OnboardRequest, name: str) -> list[str]:
-    return [f"model:{request.model_name}", f"kernel:{name}"]
+def run_child(
+    name: str, parameters: dict[str, Any], *, key: str, labels: list[str], crashes: int = 0
+) -> State[Any]:
+    """Run the deployment of a child flow and return the state in which it ended or was paused.
 
+    A parent's retry finds the same child, and has it tried again if it did not complete.
 
-def _run_deployed(request: OnboardRequest, path: Path, name: str) -> State[Any]:
-    """Run the child's deployment; a parent's retry finds the same child and retries it if failed.
-
-    Not a subflow of ours: Prefect cannot suspend those.
+    Args:
+        name: of the flow, and of its deployment.
+        parameters: of the flow; models are sent as JSON has them.
+        key: what tells this child from the parent's others.
+        labels: tags of the run, besides the deployment's.
+        crashes: how often the child starts again by itself after a crash.
     """
     created = run_deployment(
-        KERNEL_DEPLOYMENT,
-        parameters={
-            "request": request.model_dump(mode="json"),
-            "path": str(path),
-            "name": name,
-        },
-        tags=_tags(request, name),
-        idempotency_key=f"{flow_run.id}:{name}",
-        as_subflow=False,
+        f"{name}/{name}",
+        parameters={field: _plain(value) for field, value in parameters.items()},
+        tags=labels,
+        idempotency_key=f"{flow_run.id}:{name}:{key}",
+        as_subflow=False,  # Prefect cannot suspend subflows
         timeout=0,
     )
     child = cast("FlowRun", created)  # a coroutine only where there is an event loop
     with get_client(sync_client=True) as client:
         if child.state and child.state.type in {StateType.FAILED, StateType.CRASHED}:
             client.set_flow_run_state(child.id, AwaitingRetry(), force=True)
-        return _wait(client, child)
+        return _wait(client, child, crashes)
 
 
-def _wait(client: SyncPrefectClient, child: FlowRun) -> State[Any]:
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return str(value) if isinstance(value, Path) else value
+
+
+def _wait(client: SyncPrefectClient, child: FlowRun, crashes: int) -> State[Any]:
+    crashed_at = None
     while True:
-        state = client.read_flow_run(child.id).state
-        if state and (state.is_final() or state.is_paused()):
+        found = client.read_flow_run(child.id)
+        state = found.state
+        if state and state.is_crashed() and _crashes(client, found) <= crashes:
+            crashed_at = crashed_at or time.monotonic()
+            if time.monotonic() - crashed_at > _RESCUE_SECONDS:
+                return state
+        elif state and (state.is_final() or state.is_paused()):
             return state
+        else:
+            crashed_at = None
         time.sleep(_POLL_SECONDS)
+
+
+def _crashes(client: SyncPrefectClient, run: FlowRun) -> int:
+    """Return how often a run has crashed since it last ended in another way."""
+    states = sorted(client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
+    count = 0
+    for state in states:
+        if state.is_crashed():
+            count += 1
+        elif state.type in _ENDS:
+            count = 0
+    return count
+
+
+def check_crashes(workspace: Path) -> None:
+    """Check that this run, which is started again when it crashes, has not crashed too often.
+
+    A run that fails so can be retried by hand, and counts from none again.
+
+    Args:
+        workspace: whose settings say how often it may.
+
+    Raises:
+        CollectError: it has.
+    """
+    if not deployed() or flow_run.run_count == 1:
+        return
+    limit = settings.load_settings(workspace).collect.crashes
+    with get_client(sync_client=True) as client:
+        count = _crashes(client, client.read_flow_run(flow_run.id))
+    if count > limit:
+        raise CollectError(
+            f"this run has crashed {count} times, and collect.crashes allows {limit} restarts; "
+            "look at its container's last lines in the worker's log, then retry it"
+        )

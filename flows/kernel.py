@@ -12,9 +12,10 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from flows.gpu import evaluate
 from flows.reference import ask_for_reference
 from tasks import manifest
-from tasks.collect.task import collect, evaluate_baseline
+from tasks.collect.task import collect
 from tasks.define.task import define
 from tasks.errors import OnboardError
 from tasks.manifest import NEEDS_REFERENCE
@@ -75,7 +76,7 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
         prepare_sglang(path, name)
     if Step.COLLECT in steps:
         collect(path, name, request.dumps)
-        evaluate_baseline(path, name)
+        evaluate(request, path, name)
     if Step.PUBLISH_DATASET in steps:
         publish_dataset(path, name)
     if Step.PUBLISH_COVERAGE in steps:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import flow, get_run_logger, task, unmapped
+from prefect import flow, get_run_logger, tags, task, unmapped
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
@@ -20,15 +20,17 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel
 
 from flows.collect import serve_sessions
-from flows.dispatch import start_kernel
+from flows.dispatch import deployed, run_child
+from flows.gpu import serve_on_pool
+from flows.kernel import onboard_kernel
 from flows.report import Report
+from flows.sources import update_all
 from tasks import manifest, settings
-from tasks.collect.request import CollectRequest
+from tasks.collect.request import parse_request
 from tasks.define.task import draft
 from tasks.discover.task import discover_kernels
 from tasks.errors import InputError, OnboardError
 from tasks.repos.clone import PHASE0, in_hand
-from tasks.repos.task import update_repo
 from tasks.request import OnboardRequest, Step, remaining_steps
 
 
@@ -78,15 +80,20 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
         if (steps := remaining_steps(run, entry, request))
     }
     get_run_logger().info("%d of %d kernels have work to do", len(todo), len(run.kernels))
-    collecting = [name for name, steps in todo.items() if Step.COLLECT in steps]
-    if collecting and serves_itself(request):
-        serve_for(path, collecting, request)
     undefined = [name for name, steps in todo.items() if Step.DEFINE in steps]
     if undefined:
         draft(path, undefined)
-    started = start_kernel.map(unmapped(request), unmapped(path), list(todo))
+    serve = settings.load_settings(request.workspace).collect.serve
+    where = "no" if has_dumps(request) else serve
+    served = [name for name, steps in todo.items() if Step.COLLECT in steps and where != "no"]
+    others = [name for name in todo if name not in served]
+    # Kernels that wait for no GPU do not wait for those that do.
+    started = start_kernel.map(unmapped(request), unmapped(path), others)
+    if served:
+        serve_for(path, served, request, on_pool=where == "pool")
+        started += start_kernel.map(unmapped(request), unmapped(path), served)
     wait(started)
-    for name, future in zip(todo, started, strict=True):
+    for name, future in zip([*others, *served], started, strict=True):
         account_for(path, name, future.state)
     result = report(path)
     outcome = Outcome(manifest=path, worked_on=list(todo))
@@ -95,17 +102,44 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     return Completed(message=result.counts, data=outcome)
 
 
-def serves_itself(request: OnboardRequest) -> bool:
-    """Whether this host serves the model, as nobody recorded a run of it."""
+@task(
+    name="start-kernel",
+    task_run_name="{name}",
+    description="Run one kernel's flow; its failure is recorded and stops no other kernel.",
+)
+def start_kernel(request: OnboardRequest, path: Path, name: str) -> State[Any]:
+    """Run `onboard-kernel`; this task ends in the state that run ended in."""
+    labels = [f"model:{request.model_name}", f"kernel:{name}"]
+    if deployed():
+        parameters = {"request": request, "path": path, "name": name}
+        return run_child("onboard-kernel", parameters, key=name, labels=labels)
+    with tags(*labels):
+        return onboard_kernel(request, path, name, return_state=True)
+
+
+def has_dumps(request: OnboardRequest) -> bool:
+    """Say whether somebody recorded a run of the model, so that nothing has to be served."""
     options = settings.load_settings(request.workspace).collect
-    return options.serve and not (request.dumps or options.recorded_dumps)
+    return bool(request.dumps or options.recorded_dumps)
 
 
-def serve_for(path: Path, names: list[str], request: OnboardRequest) -> None:
-    """Serve the model for these kernels; where that cannot begin, only they have nothing."""
+def serve_for(path: Path, names: list[str], request: OnboardRequest, *, on_pool: bool) -> None:
+    """Serve the model for these kernels; where that fails, only those that it was for have nothing.
+
+    Args:
+        path: the run manifest.
+        names: the kernels.
+        request: what the user asked for.
+        on_pool: whether a run on the GPU work pool serves it, and not this process.
+    """
+    options = settings.load_settings(request.workspace).collect.options
+    fixed = {"manifest": path, "definitions": tuple(names), "sessions_only": True}
     try:
-        asked = CollectRequest(manifest=path, definitions=tuple(names), config=request.config)
-        serve_sessions(asked)
+        asked = parse_request(**{"config": request.config, **options, **fixed})
+        if on_pool and deployed():
+            serve_on_pool(asked, request.model_name)
+        else:
+            serve_sessions(asked)
     except OnboardError as error:
         get_run_logger().error("the model cannot be served: %s", error)
 
@@ -131,12 +165,7 @@ def update_sources(request: OnboardRequest) -> dict[str, str]:
     if 4 in request.phases and request.submit_prs:
         names.append("flashinfer_bench")
     if 0 in request.phases:
-        remotes = options.remotes.model_dump()
-        futures = {
-            name: update_repo.submit(name, remotes[name], options.clone(name)) for name in names
-        }
-        wait(list(futures.values()))
-        shas = {name: future.result() for name, future in futures.items()}
+        shas = update_all(request.workspace, names[len(PHASE0) :])
     else:
         clones = {name: in_hand(name, options.clone(name)) for name in names}
         missing = sorted(name for name, checkout in clones.items() if checkout is None)

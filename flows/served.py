@@ -10,6 +10,8 @@ from prefect import Flow, serve
 from prefect.deployments.runner import RunnerDeployment
 from prefect.types.entrypoint import EntrypointType
 
+from flows.collect import collect_workloads
+from flows.gpu import evaluate_workloads
 from flows.kernel import onboard_kernel
 from flows.onboard import onboard_model
 
@@ -34,6 +36,8 @@ def serve_flows(workspace: Path) -> None:
     serve(
         _deployment(onboard_model, LIMIT // 2),
         _deployment(onboard_kernel),
+        _deployment(collect_workloads),
+        _deployment(evaluate_workloads),
         limit=LIMIT,
         pause_on_shutdown=False,
         print_starting_message=False,

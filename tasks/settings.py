@@ -8,7 +8,7 @@ manifest.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -43,9 +43,18 @@ class CollectSettings(BaseModel):
         description="Folder with one sub-folder of FlashInfer level-10 dumps per model slug.",
     )
     max_workloads: int = Field(default=20, ge=1, le=10_000)
-    serve: bool = Field(
-        default=False,
-        description="Serve the model on this host's GPUs where there are no recorded dumps.",
+    serve: Literal["no", "here", "pool"] = Field(
+        default="no",
+        description="Where a run serves the model if there are no recorded dumps: on this host's "
+        "GPUs, or in runs of `collect-workloads` and `evaluate-baseline` on the GPU work pool.",
+    )
+    options: dict[str, Any] = Field(
+        default={},
+        description="How a run serves the model: fields of `onboard collect`'s request, such as "
+        "batch_sizes, isl, osl, rounds, model_path, server_flags.",
+    )
+    crashes: int = Field(
+        default=3, ge=0, description="How often a crashed run on the GPU work pool starts again."
     )
     python: Path | None = Field(
         default=None, description="Interpreter that SGLang is installed for; this one if not given."

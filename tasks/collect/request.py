@@ -64,6 +64,9 @@ class CollectRequest(BaseModel):
         default=None, ge=1, le=10_000, description="Rows per definition at most."
     )
     skip_evaluation: bool = Field(default=False, description="Do not evaluate the baselines.")
+    sessions_only: bool = Field(
+        default=False, description="Serve and record; the rows are made elsewhere, or later."
+    )
 
     @model_validator(mode="after")
     def _together(self) -> CollectRequest:

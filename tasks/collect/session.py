@@ -57,6 +57,12 @@ class Traffic(BaseModel):
     failures: float = Field(default=0.02, ge=0, le=1)
     """Share of requests that may fail; above it the session fails."""
 
+    @property
+    def requests(self) -> int:
+        """How many requests there are in all."""
+        pairs = len(self.lengths) if self.kind == "random" else 1
+        return pairs * self.rounds * sum(self.batch_sizes)
+
 
 class Session(BaseModel):
     """One launch of SGLang: what it is started with and what it is to show."""

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import base64
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
+from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
+from prefect.blocks.system import Secret
+from pydantic import SecretStr
 
 from tasks import manifest, settings
+from tasks.collect.engine import read_served
 from tasks.collect.evaluate import effort_of, evaluate, leased_gpu
 from tasks.collect.live import served_calls
 from tasks.collect.phase import collect_calls, plot_beside
-from tasks.collect.place import Outcome
+from tasks.collect.place import Outcome, Place
 from tasks.collect.realism import Realism
 from tasks.collect.sanitize import open_calls
 from tasks.collect.serve import Host, SessionError, serve_session
@@ -26,6 +36,8 @@ from tasks.step import step
 
 _RETRIES = 12
 """More than the adjustments that a session goes through before it gives up."""
+_PROGRESS_SECONDS = 5
+_HF_TOKEN = "hf-token"  # noqa: S105  the Secret block's name
 _stopping = threading.Event()
 
 
@@ -71,9 +83,45 @@ def collect_session(
     """
     log = get_run_logger()
     options = settings.load_settings(path.parent)
-    slug = manifest.load(path).model_slug
-    host = Host(options.collect, options.hf_token, keep_dumps, _stopping)
-    return serve_session(session, read_config(config), options.sessions(slug), host, log.info)
+    sessions = options.sessions(manifest.load(path).model_slug)
+    host = Host(options.collect, options.hf_token or _kept_token(), keep_dumps, _stopping)
+    with _progress_shown(session, Place.of(sessions, session)):
+        return serve_session(session, read_config(config), sessions, host, log.info)
+
+
+def _kept_token() -> SecretStr | None:
+    """Return the Hub's token that the Prefect server keeps, if it keeps one."""
+    try:
+        kept = cast("Secret[str]", Secret.load(_HF_TOKEN))
+    except ValueError:  # there is no such block
+        return None
+    return SecretStr(kept.get())
+
+
+@contextmanager
+def _progress_shown(session: Session, place: Place) -> Iterator[None]:
+    """Show in an artifact, while the block runs, how much of a session's traffic was answered."""
+    key = re.sub(r"[^a-z0-9]+", "-", f"progress-{place.root.name.lower()}")
+    shown = create_progress_artifact(0.0, key=key, description=f"Requests of {session.id}")
+    expected = session.traffic.requests
+    over = threading.Event()
+
+    def follow() -> None:
+        last = 0.0
+        while not over.wait(_PROGRESS_SECONDS):
+            share = min(100.0, 100 * read_served(place.served).requests / expected)
+            if share != last:
+                update_progress_artifact(cast("UUID", shown), share)
+                last = share
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+        update_progress_artifact(cast("UUID", shown), 100.0)
+    finally:
+        over.set()
+        follower.join()
 
 
 @step(3, "collect", "Turn recorded FlashInfer calls into workload rows.")

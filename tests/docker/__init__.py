@@ -1,0 +1,1 @@
+"""Containers: the images, the gpu pool's job template, runs in containers, secrets."""
