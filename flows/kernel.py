@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from flows.gpu import evaluate
 from flows.reference import ask_for_reference
-from tasks import manifest
+from tasks import manifest, settings
 from tasks.collect.task import collect
 from tasks.define.task import define
 from tasks.errors import OnboardError
@@ -75,13 +75,24 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
     if Step.PREPARE_SGLANG in steps:
         prepare_sglang(path, name)
     if Step.COLLECT in steps:
-        collect(path, name, request.dumps)
+        collect(path, name, recorded_dumps(request, path.parent))
         evaluate(request, path, name)
     if Step.PUBLISH_DATASET in steps:
         publish_dataset(path, name)
     if Step.PUBLISH_COVERAGE in steps:
         published = manifest.load(path).phase4[name]
         publish_coverage(path, name, str(published.flashinfer_trace_pr))
+
+
+def recorded_dumps(request: OnboardRequest, workspace: Path) -> Path | None:
+    """Return the folder of what somebody recorded of the model, if it is not to be served.
+
+    Args:
+        request: what the user asked for.
+        workspace: whose settings may name a folder with one of each model.
+    """
+    recorded = settings.load_settings(workspace).collect.recorded_dumps
+    return request.dumps or (recorded / request.model_name if recorded else None)
 
 
 def _status(path: Path, name: str) -> str | None:

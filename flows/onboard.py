@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from flows.collect import serve_sessions
 from flows.dispatch import deployed, run_child
 from flows.gpu import serve_on_pool
-from flows.kernel import onboard_kernel
+from flows.kernel import onboard_kernel, recorded_dumps
 from flows.report import Report
 from flows.sources import update_all
 from tasks import manifest, settings
@@ -84,7 +84,7 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     if undefined:
         draft(path, undefined)
     serve = settings.load_settings(request.workspace).collect.serve
-    where = "no" if has_dumps(request) else serve
+    where = "no" if recorded_dumps(request, request.workspace) else serve
     served = [name for name, steps in todo.items() if Step.COLLECT in steps and where != "no"]
     others = [name for name in todo if name not in served]
     # Kernels that wait for no GPU do not wait for those that do.
@@ -115,12 +115,6 @@ def start_kernel(request: OnboardRequest, path: Path, name: str) -> State[Any]:
         return run_child("onboard-kernel", parameters, key=name, labels=labels)
     with tags(*labels):
         return onboard_kernel(request, path, name, return_state=True)
-
-
-def has_dumps(request: OnboardRequest) -> bool:
-    """Say whether somebody recorded a run of the model, so that nothing has to be served."""
-    options = settings.load_settings(request.workspace).collect
-    return bool(request.dumps or options.recorded_dumps)
 
 
 def serve_for(path: Path, names: list[str], request: OnboardRequest, *, on_pool: bool) -> None:

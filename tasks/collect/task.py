@@ -131,8 +131,7 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     Args:
         path: the run manifest.
         name: the definition.
-        dumps: a folder of recorded dumps; without it, the settings' folder for the model, and
-            without that the sessions that were served.
+        dumps: a folder of recorded dumps; without it, the sessions that were served.
         max_workloads: how many rows at most, instead of the settings' number.
 
     Raises:
@@ -142,9 +141,6 @@ def collect(path: Path, name: str, dumps: Path | None, max_workloads: int | None
     run = manifest.load(path)
     entry = run.kernel(name)
     options = settings.load_settings(path.parent)
-    recorded = options.collect.recorded_dumps
-    if dumps is None and recorded:
-        dumps = recorded / run.model_slug
     if dumps is None:
         calls, sessions = served_calls(options.sessions(run.model_slug), name)
     else:

@@ -95,7 +95,9 @@ def task_runs(name: str) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def run(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     workspace = tmp_path_factory.mktemp("workspace")
-    settings = {"gpus": ["0"], "lease_dir": "leases", "incomplete_calls": True}
+    # What somebody recorded elsewhere is not what this flow has served.
+    settings: dict[str, Any] = {"gpus": ["0"], "lease_dir": "leases", "incomplete_calls": True}
+    settings["recorded_dumps"] = "recorded"
     (workspace / "onboard.toml").write_text(tomli_w.dumps({"collect": settings}))
     (workspace / "config.json").write_text(json.dumps(CONFIG))
     path = workspace / manifest.file_name(SLUG, dt.date(2026, 1, 2))
