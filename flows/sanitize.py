@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 _SHOWN_REASONS = 3
+_THEIRS = re.compile(r"the definition has [\d.e-]+")
+"""In a reason, the number in which a definition differs from the call."""
 _ADVICE = "give --model-config"
 """What a reason advises where a scalar is neither in a dump nor in a model's config."""
 
@@ -65,10 +68,19 @@ def sanitize(
         ),
     ] = None,
     max_workloads: Annotated[
-        int, typer.Option(min=1, help="Rows to keep of each definition.")
+        int,
+        typer.Option(
+            min=1,
+            help="Workloads to choose of these calls for each definition, at most. Rows that it "
+            "has stay, however many they are, unless --replace is given.",
+        ),
     ] = 20,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Drop the rows that the definitions have.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Drop the rows that the definitions have, where these calls give new ones.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -93,7 +105,7 @@ def sanitize(
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:
-        found.print()
+        found.print(names)
     return found.exit_code(names)
 
 
@@ -221,8 +233,13 @@ class Sanitized:
             "definitions": [outcome.as_json() for outcome in self.outcomes],
         }
 
-    def print(self) -> None:
-        """Print a table of what got rows and, below it, what is to be noticed."""
+    def print(self, names: Sequence[str]) -> None:
+        """Print a table of what got rows and, below it, what is to be noticed.
+
+        Args:
+            names: the definitions that were asked for; without them, those of a family that have no
+                rows for the same reason share a line.
+        """
         for item in self.derived:
             note = item.get("error") or "written, proved on CPU"
             typer.echo(f"derived: {item['definition_name']}: {note}")
@@ -232,8 +249,9 @@ class Sanitized:
         for outcome in self.outcomes:
             for warning in outcome.warnings:
                 typer.secho(f"{outcome.name}: {warning}", fg="yellow")
-            if not outcome.kept:
-                typer.echo(f"{outcome.name}: {outcome.why_none()}")
+        none = [outcome for outcome in self.outcomes if not outcome.kept]
+        for line in map(_alone, none) if names else _together(none):
+            typer.echo(line)
         for reason, count in self.log.unreadable.most_common(_SHOWN_REASONS):
             typer.echo(f"unreadable: {count} x {reason}")
         typer.echo(
@@ -253,6 +271,26 @@ def _cells(outcome: Outcome, collected: Collected) -> dict[str, str]:
         "rejected": str(sum(collected.rejected.values())),
         "mostly because": reason if len(reason) < _WIDTH else f"{reason[:_WIDTH]}...",
     }
+
+
+def _together(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield why there are no rows, of definitions of a family together where it is the same.
+
+    A family's definitions differ in numbers, and calls are of one of them.
+    """
+    alike: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        why = _THEIRS.sub("the definitions have others", outcome.why_none())
+        alike.setdefault((outcome.op_type, why), []).append(outcome)
+    for (op_type, why), (first, *others) in alike.items():
+        if others:
+            yield f"{op_type}, {1 + len(others)} definitions: {why}"
+        else:
+            yield _alone(first)
+
+
+def _alone(outcome: Outcome) -> str:
+    return f"{outcome.name}: {outcome.why_none()}"
 
 
 def _top(reasons: Mapping[str, int], count: int) -> str:

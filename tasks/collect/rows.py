@@ -18,6 +18,7 @@ from tasks.collect.realism import extent_of
 from tasks.collect.select import Candidate, content_uuid, dtype_name, stored
 from tasks.errors import CollectError, first_problem
 from tasks.ops.base import DumpError, KernelSpec, Rejected, Row, Scalar
+from tasks.ops.plans import shown
 
 Json = dict[str, Any]
 Number = int | float | bool
@@ -122,7 +123,7 @@ class Form(BaseModel):
         for name, size in axes.items():
             whole = isinstance(size, int) and not isinstance(size, bool)
             if not whole or not 0 < size < _LARGEST_AXIS:
-                raise DumpError(f"axis {name} is {size!r}, no positive integer")
+                raise DumpError(f"axis {name} is {shown(size)}, no positive integer")
 
     def _check_constraints(
         self, axes: Mapping[str, int], tensors: Mapping[str, np.ndarray]
@@ -175,12 +176,14 @@ def _typed(name: str, dtype: str, scalar: Scalar) -> Scalar:
             return scalar
     elif kind is int and dtype in _INTEGERS and abs(value) < 1 << (_INTEGERS[dtype] - 1):
         return scalar
-    raise DumpError(f"scalar {name} is {str(value)[:40]}, no {dtype}")
+    raise DumpError(f"scalar {name} is {shown(value)}, no {dtype}")
 
 
 def _check_tensor(name: str, dtype: str, shape: Sequence[int], values: np.ndarray) -> None:
     if list(values.shape) != shape:
-        raise DumpError(f"{name} has shape {list(values.shape)}, the definition says {shape}")
+        raise DumpError(
+            f"{name} has shape {shown(list(values.shape))}, the definition says {shape}"
+        )
     if dtype_name(values.dtype) != dtype:
         raise DumpError(f"{name} is {values.dtype}, the definition says {dtype}")
 

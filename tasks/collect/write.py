@@ -58,7 +58,7 @@ def write_workloads(
         dataset: the dataset's folder.
         definition: the definition.
         chosen: its workloads.
-        replace: whether the rows that are there are dropped.
+        replace: whether the rows that are there are dropped, unless they are chosen again.
 
     Raises:
         CollectError: a row that is there cannot be read, or a dump changed since it was read.
@@ -143,7 +143,8 @@ def _rows(dataset: Path, place: DefinitionFiles) -> Iterator[_Row]:
                 yield _Row(line.rstrip("\r"), _Line.model_validate_json(line).workload)
             except ValidationError as error:
                 field, reason = first_problem(error)
-                raise CollectError(f"{path}: line {number}: {field}: {reason}") from error
+                where = f"line {number}: {field}" if field else f"line {number}"
+                raise CollectError(f"{path}: {where}: {reason}") from error
 
 
 def _known(

@@ -15,6 +15,7 @@ import ml_dtypes  # noqa: F401  # numpy learns the names of bfloat16 and 8-bit f
 import numpy as np
 
 from tasks.ops.base import Call, DumpError, Json, KernelSpec, Scalar, Tensor, const_axes
+from tasks.ops.plans import is_int64, shown
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MISSING = object()
@@ -66,11 +67,11 @@ def integer_of(call: Call, name: str, default: object = _MISSING, *, least: int 
     """Return an integer argument.
 
     Raises:
-        DumpError: it is missing, no integer, or less than `least`.
+        DumpError: it is missing, no integer of 64 bits, or less than `least`.
     """
     value = value_of(call, name, default)
-    if type(value) is not int or value < least:
-        raise DumpError(f"{call.name}: {name} is {value!r:.60}, not an integer from {least} on")
+    if type(value) is not int or value < least or not is_int64(value):
+        raise DumpError(f"{call.name}: {name} is {shown(value)}, not an integer from {least} on")
     return value
 
 
@@ -82,9 +83,9 @@ def number_of(call: Call, name: str, default: object = _MISSING) -> int | float:
     """
     value = value_of(call, name, default)
     if type(value) not in (int, float):
-        raise DumpError(f"{call.name}: {name} is {value!r:.60}, not a number")
+        raise DumpError(f"{call.name}: {name} is {shown(value)}, not a number")
     if not abs(value) <= _FLOAT32_MAX:
-        raise DumpError(f"{call.name}: {name} is {value!r:.60}, no float32")
+        raise DumpError(f"{call.name}: {name} is {shown(value)}, no float32")
     number: int | float = value
     return number
 
@@ -126,7 +127,7 @@ def check_setting(call: Call, name: str, *values: object, default: object = _MIS
     """
     got = value_of(call, name, default)
     if not any(type(got) is type(value) and got == value for value in values):
-        raise DumpError(f"{call.name}: {name} is {got!r:.60}, the definition has {values[0]!r}")
+        raise DumpError(f"{call.name}: {name} is {shown(got)}, the definition has {values[0]!r}")
 
 
 def check_without(call: Call, names: Collection[str]) -> None:

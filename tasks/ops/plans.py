@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +49,11 @@ DTYPE = "bfloat16"
 """Of queries and caches in every attention definition."""
 
 _INT32 = np.iinfo(np.int32)
+_INT64 = np.iinfo(np.int64)
 _LARGEST_AXIS = 1 << 16
 """No const axis of attention comes near; larger numbers are damage."""
+_MOST_SHOWN = 80
+"""Characters of a dumped value that a reason has."""
 _UNNAMED = re.compile(r"arg_\d+(__\w+)?")
 _MULTI_ITEM = ("prefix_len_ptr", "token_pos_in_items_ptr", "max_item_len_ptr")
 _SCALES = ("q_scale", "k_scale", "v_scale", "o_scale", "ckv_scale", "kpe_scale")
@@ -68,6 +72,10 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
 """Arguments of plans and runs that make attention more than a definition computes, and with which
 values they do not; absent and None always do not."""
 _DTYPES = ("data_type", "q_data_type", "kv_data_type", "o_data_type")
+_LIMITED = reprlib.Repr()
+_LIMITED.maxlevel = 4
+_LIMITED.maxstring = _LIMITED.maxlong = _LIMITED.maxother = _MOST_SHOWN
+_LIMITED.maxlist = _LIMITED.maxtuple = _LIMITED.maxdict = 8
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ class Evidence:
 def rows_of_plans(
     calls: Sequence[Call], wrapper: str, make: Callable[[Call, Evidence], Row]
 ) -> Iterator[Row | Rejected]:
-    """Make a row of every plan of a wrapper class.
+    """Make a row of every plan of a wrapper class; reject runs that none of the plans is for.
+
+    Runs of a plan that is no row are not rejected besides: the plan is.
 
     Args:
         calls: a session's calls, each process's in the order in which it made them.
@@ -95,7 +105,23 @@ def rows_of_plans(
         make: makes one plan's row; it raises DumpError where the plan is none.
     """
     found = evidence_of(calls, wrapper)
-    return rows_of(calls, f"{wrapper}.plan", lambda call: make(call, found[call.id]))
+    yield from rows_of(calls, f"{wrapper}.plan", lambda call: make(call, found[call.id]))
+    for run in _runs_without_plan(calls, wrapper):
+        yield Rejected(run.id, f"{run.name}: run without a readable plan")
+
+
+def _runs_without_plan(calls: Sequence[Call], wrapper: str) -> Iterator[Call]:
+    """Yield the runs that no plan comes before which is, or may be, of their object."""
+    plan, run = f"{wrapper}.plan", f"{wrapper}.run"
+    planned_on: set[tuple[str, int | None]] = set()
+    for call in calls:
+        if call.name == plan:
+            planned_on.add((call.process, call.self_id))
+        elif call.name == run:
+            # A plan without self_id is refused for it, and may be the plan of any run.
+            own = {(call.process, call.self_id), (call.process, None)}
+            if planned_on.isdisjoint(own):
+                yield call
 
 
 def evidence_of(calls: Sequence[Call], wrapper: str) -> dict[str, Evidence]:
@@ -214,13 +240,14 @@ def check_plain(call: Call) -> None:
     """
     for name in (*call.values, *call.tensors):
         if _UNNAMED.fullmatch(name):
-            raise DumpError(f"{call.name}: {name} is no parameter that the signature names")
+            raise DumpError(
+                f"{call.name}: {name[:_MOST_SHOWN]} is no parameter that the signature names"
+            )
     for name, plain in _PLAIN.items():
         given = call.tensors.get(name)
         if given is not None:
-            raise DumpError(
-                f"{call.name}: {name} is a tensor {list(given.shape)}, the definition has none"
-            )
+            shape = shown(list(given.shape))
+            raise DumpError(f"{call.name}: {name} is a tensor {shape}, the definition has none")
         value = call.values.get(name)
         if value is not None and value not in plain:
             raise DumpError(f"{call.name}: {name} is {shown(value)}, the definition has none")
@@ -234,12 +261,19 @@ def dtype_name(value: Any) -> str | None:
     """Return the data type that a dumped argument names; None where it names none."""
     if isinstance(value, Mapping):
         value = value.get("value")
-    return None if value is None else shown(str(value).removeprefix("torch.")).strip("'")
+    return None if value is None else shown(value).strip("'").removeprefix("torch.")
 
 
 def shown(value: Any) -> str:
-    """Return a dumped value as reasons show it, cut to a line."""
-    return f"{value!r:.80}"
+    """Return a dumped value as reasons show it, cut to a part of a line."""
+    # Limited in depth too, as damaged values can be too deep for `repr`.
+    text = _LIMITED.repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def is_int64(value: int) -> bool:
+    """Whether a number is one that a kernel could be given as an integer."""
+    return _INT64.min <= value <= _INT64.max
 
 
 def check_tensor(
@@ -266,20 +300,22 @@ def check_tensor(
     )
     if not same:
         wanted = ", ".join("?" if want is None else str(want) for want in shape)
-        raise DumpError(f"{call.name}: {name} is {list(given.shape)}, expected [{wanted}]")
+        raise DumpError(f"{call.name}: {name} is {shown(list(given.shape))}, expected [{wanted}]")
 
 
 def integers(call: Call, names: Mapping[str, str]) -> dict[str, int]:
     """Return axis -> value of a plan's integer arguments, given axis -> parameter.
 
     Raises:
-        DumpError: one is missing or no integer.
+        DumpError: one is missing, no integer, or none of 64 bits.
     """
     seen = {}
     for axis, name in names.items():
         value = call.values.get(name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise DumpError(f"{call.name}: the dump has no integer {name!r}")
+        if not is_int64(value):
+            raise DumpError(f"{call.name}: {name} is {shown(value)}, no 64-bit integer")
         seen[axis] = value
     return seen
 
@@ -491,7 +527,9 @@ def _integer_array(call: Call, name: str) -> np.ndarray:
         raise DumpError(f"{call.name}: the dump has no tensor {name!r}")
     values = dumped.load()
     if values.ndim != 1 or values.dtype not in (np.int32, np.int64):
-        raise DumpError(f"{call.name}: {name} is {values.dtype}{list(values.shape)}, not indices")
+        raise DumpError(
+            f"{call.name}: {name} is {values.dtype}{shown(list(values.shape))}, not indices"
+        )
     return values
 
 

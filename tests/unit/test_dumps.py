@@ -320,6 +320,7 @@ RECORDS: dict[str, tuple[Json | bytes, str]] = {
     "keys are numbers": (record(tensor_info={"input_tensor_keys": [3]}), FORM),
     "values are a list": (record(input_metadata=[1]), FORM),
     "value of no argument": (record(input_metadata={"../x": 1}), FORM),
+    "value of a long name": (record(input_metadata={"kwarg_" + "x" * 999: 1}), FORM),
     "one parameter twice": (record(input_metadata={"kwarg_indptr": 1}), "for one parameter"),
 }
 
@@ -453,6 +454,30 @@ def test_what_is_no_dump_is_counted(tmp_path: Path) -> None:
     }
 
 
+def test_a_copied_folder_is_one_call(graph: Path, tmp_path: Path) -> None:
+    """Of eager calls and of replays; what is left of the folders does not matter."""
+    shutil.copytree(graph, tmp_path / "dumps")
+    whole = read_calls(tmp_path / "dumps")
+    assert any("flush" in call.id for call in whole.calls)
+    for place in ("dumps/zz/copy", "dumps/copy of dumps"):
+        shutil.copytree(graph, tmp_path / place)
+    log = read_calls(tmp_path / "dumps")
+    kept = [call.id.rpartition("graph/2")[2] for call in log.calls]
+    assert kept == [call.id.rpartition("graph/2")[2] for call in whole.calls]
+    (copies,) = [count for reason, count in log.unreadable.items() if "copy of a call" in reason]
+    assert copies == 2 * len(whole.calls)
+
+
+def test_ranks_may_have_folders_of_the_same_name(tmp_path: Path) -> None:
+    """Processes in containers may have the same id, and call at the same time."""
+    for rank in ("0", "1", "backup/0", "backup/1"):
+        told = record(self_id=int(rank[-1]), dump_dir=f"dumps/{rank[-1]}")
+        dump(tmp_path / rank, told)
+    log = read_calls(tmp_path)
+    assert sorted(call.self_id or 0 for call in log.calls) == [0, 1]
+    assert list(log.unreadable.values()) == [2]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
@@ -528,10 +553,20 @@ def test_torch_dumps_are_read_in_one_child(tmp_path: Path, monkeypatch: pytest.M
 
     base = torch.arange(20, dtype=torch.int32)
     good = {"arg_1": base[:3], "arg_2": base[::5], "kwarg_kv": torch.ones(4)}
+
+    def former(content: object) -> bytes:
+        """One pickle and no archive."""
+        stream = io.BytesIO()
+        torch.save(content, stream, _use_new_zipfile_serialization=False)
+        return stream.getvalue()
+
     contents: list[tuple[object, str]] = [
         (good, ""),
         (b"no archive", "cannot be read"),
         (_Evil(tmp_path / "owned"), "cannot be read"),
+        (former(good), ""),
+        (former(good)[:-8], "cannot be read"),
+        (former(_Evil(tmp_path / "owned")), "cannot be read"),
         ([1], "no tensors by name"),
         ({"arg_1": good["arg_1"]}, "no tensor arg_2"),
         (good | {"arg_2": base[:9]}, "another shape or dtype"),

@@ -312,6 +312,8 @@ def test_a_plan_is_run_by_its_object_before_that_plans_again(
             if kind == "p":
                 own = text[at + 1 :].split("p")[0]
                 expected[plan] = "c" not in own and ("r" in own or not recorded)
+            elif "p" not in text[:at]:
+                expected[plan] = False
     found = results(GQA["decode", 1], *calls)
     rows = {result.calls[0]: True for result in found if isinstance(result, Row)}
     refused = {result.call: False for result in found if isinstance(result, Rejected)}
@@ -330,12 +332,67 @@ def test_a_plan_of_a_captured_graph_has_its_own_reason() -> None:
 
 def test_plans_count_by_themselves_where_no_run_was_recorded() -> None:
     elsewhere = decode_run(2, process="2")
-    assert row_of(GQA["decode", 1], decode_plan([3, 4]), elsewhere)
+    row, unplanned = results(GQA["decode", 1], decode_plan([3, 4]), elsewhere)
+    assert isinstance(row, Row)
+    assert isinstance(unplanned, Rejected)
     assert row_of(GQA_RAGGED, ragged_plan([3, 4], [3, 4]))
     assert row_of(GQA["prefill", 1], paged_plan([3, 4], [3, 9]), ragged_plan([3], [3], process="2"))
     nameless = decode_plan([3, 4], self_id=None)
     assert row_of(GQA["decode", 1], nameless)
     assert "no self_id" in reason_of(GQA["decode", 1], nameless, decode_run(2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrapper"),
+    [
+        (GQA["decode", 1], DECODE),
+        (GQA["prefill", 64], PAGED),
+        (GQA_RAGGED, RAGGED),
+        (MLA["decode", 1], LATENT),
+        (MLA_RAGGED, RAGGED),
+    ],
+)
+def test_runs_without_a_plan_are_counted(spec: KernelSpec, wrapper: str) -> None:
+    runs = [MadeCall(f"{wrapper}.run", id=f"run {i}", self_id=i % 2) for i in range(6)]
+    text = f"{wrapper}.run: run without a readable plan"
+    assert results(spec, *runs) == [Rejected(run.id, text) for run in runs]
+    # A plan that is no row is counted itself, and its runs are not; nor can be those of any object
+    # where the plan does not say its own.
+    for self_id, planned in ((1, runs[1::2]), (None, runs)):
+        plan = MadeCall(f"{wrapper}.plan", id="plan", self_id=self_id)
+        refused = [result for result in results(spec, plan, *runs) if isinstance(result, Rejected)]
+        left = {run.id for run in runs} - {run.id for run in planned}
+        assert {result.call for result in refused} == {"plan", *left}
+    # A later plan does not explain an earlier run.
+    late = results(spec, *runs[:2], MadeCall(f"{wrapper}.plan", id="plan", self_id=1))
+    assert Rejected("run 1", text) in late
+
+
+def nested(depth: int) -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), "x" * 9999, [10**400] * 99, nested(5000), {"value": "y" * 9999}]
+)
+def test_reasons_are_of_a_sane_length(value: Any) -> None:
+    scale = decode_plan([3, 4]).given(sm_scale=value)
+    refused = [
+        (GQA["decode", 1], scale.given(num_qo_heads=value)),
+        (GQA["decode", 1], scale.given(head_dim=value)),
+        (GQA["decode", 1], scale.given(page_size=value)),
+        (GQA["decode", 1], scale.given(logits_soft_cap=value)),
+        (GQA["decode", 1], scale.given(data_type=value)),
+        (GQA["decode", 1], scale.given(**{f"arg_4__{'z' * 9999}": 1})),
+        (NORM, rms_norm(eps=value)),
+        (SAMPLING, sampling(top_p=value)),
+        (SAMPLING, sampling(filter_apply_order=value)),
+    ]
+    for spec, call in refused:
+        assert len(reason_of(spec, call)) < 250
 
 
 def test_ranks_give_equal_rows() -> None:

@@ -346,6 +346,22 @@ def test_every_true_workload_is_found_and_none_twice(dumped: Dumps, dataset: Pat
     assert not [name for name in told if name.startswith("gemm")]
 
 
+def test_rows_that_are_there_stay_whatever_is_chosen(dumped: Dumps, dataset: Path) -> None:
+    name = DEFINITIONS[DECODE]
+
+    def kept(limit: int, *more: object) -> list[str]:
+        assert collect(dumped, dataset, "--max-workloads", limit, *more).exit_code == 0
+        return [workload["uuid"] for workload in workloads(dataset, name)]
+
+    first = kept(7)
+    assert len(first) == 7
+    assert kept(2)[:7] == first
+    everything = kept(LIMIT)
+    assert set(first) < set(everything)
+    assert kept(2) == everything
+    assert len(kept(2, "--replace")) == 2
+
+
 def test_rows_are_the_same_every_time(dumped: Dumps, dataset: Path) -> None:
     assert collect(dumped, dataset, "--max-workloads", 5).exit_code == 0
     first = tree(dataset)
@@ -462,7 +478,15 @@ def test_table_for_people(dumped: Dumps, dataset: Path) -> None:
     (line,) = [line for line in result.stdout.splitlines() if f" {DEFINITIONS[DECODE]} " in line]
     distinct = str(len(dumped.truth[DEFINITIONS[DECODE]]))
     assert line.split() == [DEFINITIONS[DECODE], distinct, distinct, "3", "3", "0"]
-    assert "rmsnorm_h512: 0 rows (" in result.stdout
+    # Definitions that the calls are not of share a line, unless they were asked for.
+    for kernel in ("rmsnorm", "fused_add_rmsnorm"):
+        others = f" x {kernel}: hidden_size is 4096, the definitions have others"
+        (line,) = [line for line in result.stdout.splitlines() if others in line]
+        assert re.match(r"rmsnorm, \d+ definitions: 0 rows \(", line)
+    assert "rmsnorm_h512" not in result.stdout
+    named = run(*where, "--definitions", "rmsnorm_h512,rmsnorm_h128")
+    assert "rmsnorm_h512: 0 rows (" in named.stdout
+    assert "rmsnorm_h128: 0 rows (" in named.stdout
     assert f"{dumped.written} calls; 15 rows kept for 5 of " in result.stdout
 
 
@@ -790,8 +814,8 @@ def test_blobs_elsewhere_are_not_opened(
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{nope", "line 2: .*JSON"),
-        ("[]", "line 2"),
+        ("{nope", "line 2: Invalid JSON"),
+        ("[]", "line 2: Input should be an object"),
         ('{"workload": {"uuid": 3, "axes": {}, "inputs": {}}}', "line 2: workload.uuid"),
         ('{"workload": {"uuid": "x", "axes": {}, "inputs": {"a": 3}}}', "workload.inputs.a"),
     ],

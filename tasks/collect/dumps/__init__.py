@@ -30,9 +30,12 @@ from tasks.collect.dumps.records import (
     UnfinishedError,
     last_record,
     make_call,
+    same_record,
 )
 from tasks.errors import CollectError
 from tasks.ops.base import DumpError
+
+_COPY = "a copy of a call that is read already (its folder lies there twice)"
 
 
 @dataclass
@@ -108,6 +111,8 @@ class Reader:
 def read_calls(root: Path, *, incomplete: bool = False, reads: Reads | None = None) -> CallLog:
     """Read every call dumped below `root`, in the order in which they were made.
 
+    A folder that was copied to another place below `root` is one call.
+
     Args:
         root: folder of dumps; they may lie in folders within it.
         incomplete: whether calls count of which only the inputs were saved: on a host without a
@@ -123,11 +128,18 @@ def read_calls(root: Path, *, incomplete: bool = False, reads: Reads | None = No
     folders, other = find_folders(root)
     reader = Reader(root, reads=reads)
     log = CallLog(unreadable=Counter(item.reason for item in other))
+    places: defaultdict[str, list[str]] = defaultdict(list)
     for folder in folders:
         for result in reader.read_all(folder, incomplete=incomplete):
             if isinstance(result, Unreadable):
                 log.unreadable[result.reason] += 1
+                continue
+            # Ranks in containers may have folders of the same name: the records decide.
+            known = places[result.id.removeprefix(f"{folder.parent}/")]
+            if any(same_record(root / place, root / result.id) for place in known):
+                log.unreadable[_COPY] += 1
             else:
+                known.append(result.id)
                 log.calls.append(result)
     return log
 

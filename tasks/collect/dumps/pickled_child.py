@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def _load(path: str) -> dict[str, Any]:
 
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise _RefusedError("inputs.pt cannot be read (not a regular file)")
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Torch's former format, one pickle, cannot be mapped.
+    mmap = zipfile.is_zipfile(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(loaded, dict):
         raise _RefusedError("inputs.pt holds no tensors by name")
     return loaded

@@ -30,8 +30,9 @@ _MOST_LINE = 1 << 20
 """Bytes a record may have; FlashInfer's have some thousand."""
 _MOST_SIGNATURE = 20_000
 _MOST_ELEMENTS = 1 << 50
-_KEY = re.compile(r"arg_(\d{1,4})((?:__\w+)?)|kwarg_(\w+)", re.ASCII)
-_DTYPE = re.compile(r"torch\.(\w+)", re.ASCII)
+# Both come to be in reasons.
+_KEY = re.compile(r"arg_(\d{1,4})((?:__\w{1,80})?)|kwarg_(\w{1,80})", re.ASCII)
+_DTYPE = re.compile(r"torch\.(\w{1,40})", re.ASCII)
 _OPENING, _CLOSING = "([{<", ")]}>"
 _FORM = f"{METADATA} is not of the expected form"
 _TRUNCATED = f"{METADATA} is truncated"
@@ -89,17 +90,7 @@ def last_record(folder: Path) -> Json:
         UnfinishedError: there is none yet, or only a part of its line.
         DumpError: it cannot be read, or is no record.
     """
-    try:
-        with opened(f"{folder}/{METADATA}") as (handle, size):
-            offset = max(0, size - _MOST_LINE - 1)
-            raw = os.pread(handle, size - offset, offset)
-    except FileNotFoundError as error:
-        raise UnfinishedError(f"{METADATA} cannot be read (not there)") from error
-    except OSError as error:
-        raise DumpError(f"{METADATA} cannot be read") from error
-    line = raw.rstrip().rpartition(b"\n")[2]
-    if len(line) > _MOST_LINE:
-        raise DumpError(f"{METADATA} cannot be read (too large)")
+    line = _last_line(folder)
     try:
         record = json.loads(line.decode(), object_pairs_hook=_distinct)
     except UnicodeDecodeError as error:
@@ -111,6 +102,29 @@ def last_record(folder: Path) -> Json:
     if rb"\ud" in line.lower():
         _check_text(line.decode())
     return record
+
+
+def same_record(folder: Path, other: Path) -> bool:
+    """Whether two dump folders have the same last record, so that one is a copy of the other."""
+    try:
+        return _last_line(folder) == _last_line(other)
+    except DumpError:
+        return False
+
+
+def _last_line(folder: Path) -> bytes:
+    try:
+        with opened(f"{folder}/{METADATA}") as (handle, size):
+            offset = max(0, size - _MOST_LINE - 1)
+            raw = os.pread(handle, size - offset, offset)
+    except FileNotFoundError as error:
+        raise UnfinishedError(f"{METADATA} cannot be read (not there)") from error
+    except OSError as error:
+        raise DumpError(f"{METADATA} cannot be read") from error
+    line = raw.rstrip().rpartition(b"\n")[2]
+    if len(line) > _MOST_LINE:
+        raise DumpError(f"{METADATA} cannot be read (too large)")
+    return line
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Json:
