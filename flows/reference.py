@@ -6,8 +6,10 @@ when it is resumed. What was given is then handed out again for every pause that
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from itertools import count
 from pathlib import Path
+from uuid import UUID
 
 from prefect import get_client, get_run_logger, suspend_flow_run
 from prefect.client.schemas.filters import (
@@ -17,7 +19,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
-from prefect.input import RunInput
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.input import Keyset, RunInput, keyset_from_base_key
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
@@ -42,6 +45,15 @@ class ReferenceInput(RunInput):
             "an independent computation to prove it with."
         )
     )
+
+    @classmethod
+    def save(cls, keyset: Keyset, flow_run_id: UUID | None = None) -> None:
+        """Save the form, unless it is saved already."""
+        try:
+            super().save(keyset, flow_run_id)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.CONFLICT:
+                raise
 
 
 @step(2, "supply-reference", "Prove the reference that somebody gave, and stage the definition.")
@@ -70,11 +82,10 @@ def ask_for_reference(path: Path, name: str) -> bool:
     notes = manifest.load(path).kernel(name).phase2_notes or []
     text = f"**{name}** has no reference. {' '.join(notes)}"
     for attempt in count(1):
-        given = suspend_flow_run(
-            wait_for_input=ReferenceInput.with_initial_data(description=text),
-            timeout=_WAIT_SECONDS,
-            key=f"reference-{attempt}",
-        )
+        form, key = ReferenceInput.with_initial_data(description=text), f"reference-{attempt}"
+        # Prefect saves it once the run is suspended, when the process may already have been ended.
+        form.save(keyset_from_base_key(f"suspended-{key}"))
+        given = suspend_flow_run(wait_for_input=form, timeout=_WAIT_SECONDS, key=key)
         refused = supply(path, name, given.reference)
         if not refused:
             break
