@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO ?= demo
 READY := .venv/.installed
 
-.PHONY: demo test lint bench server clean
+.PHONY: demo test lint bench server images up deploy down clean
 
 # Exit code 3 says that a kernel waits for something upstream: the first model's does.
 demo: $(READY)
@@ -30,6 +30,25 @@ bench: $(READY)
 
 server: $(READY)
 	$(BIN)/onboard server
+
+images:
+	docker build --file docker/control.Dockerfile --tag onboard-control:latest .
+	docker build --file docker/worker.Dockerfile --tag onboard-worker:latest .
+
+# PostgreSQL, Redis, server, services and workers on this machine; folders and secrets under
+# ONBOARD_HOME (/srv/onboard), made the first time.
+up:
+	deployments/prepare.sh
+	docker compose --file deployments/compose.yaml up --detach --wait server services
+	docker compose --file deployments/compose.yaml run --rm control-worker python deployments/bootstrap.py
+	docker compose --file deployments/compose.yaml up --detach --wait
+
+down:
+	docker compose --file deployments/compose.yaml down
+
+# To the server of PREFECT_API_URL; again, only what differs changes.
+deploy: $(READY)
+	$(BIN)/python deployments/bootstrap.py $(DEPLOY)
 
 clean:
 	rm -rf .venv build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

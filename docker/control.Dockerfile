@@ -37,6 +37,8 @@ RUN python3 -m venv /opt/venv \
 COPY README.md LICENSE ./
 COPY tasks tasks
 COPY flows flows
+COPY prefect.yaml ./
+COPY deployments deployments
 RUN pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation \
         --editable .
 

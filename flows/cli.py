@@ -18,7 +18,7 @@ import typer
 from flows import define, evaluate, explore, sanitize
 from flows import validate as validate_command
 from flows.command import AsJson, Workspace, app, integers, print_table, reported
-from tasks.errors import InputError, OnboardError
+from tasks.errors import InputError
 
 if TYPE_CHECKING:
     from flows.report import Report
@@ -109,6 +109,7 @@ def _run(request: OnboardRequest, ui: bool) -> int:
     started = time.monotonic()
     with prefect_server(request.workspace) as url:
         from flows.onboard import Outcome, onboard_model
+        from flows.outcome import came_to
         from flows.report import Report
         from tasks import manifest
         from tasks.settings import load_settings
@@ -118,11 +119,7 @@ def _run(request: OnboardRequest, ui: bool) -> int:
         typer.echo(f"Onboarding {request.model_name} in {request.workspace}")
         with Progress(request.workspace, request.model_name, Console()):
             state = onboard_model(request, return_state=True)
-        result = state.result(raise_on_failure=False)
-        if isinstance(result, OnboardError):
-            raise result
-        if not isinstance(result, Outcome):
-            raise OnboardError(f"the run ended {state.name}: {state.message}")
+        result = came_to(state, Outcome)
         report = Report(manifest.load(result.manifest), result.manifest)
         _print_report(report)
         worked = len(result.worked_on)
@@ -351,15 +348,12 @@ def _collect(request: CollectRequest, as_json: bool) -> int:
 
     with prefect_server(request.manifest.parent):
         from flows.collect import Collection, collect_workloads
+        from flows.outcome import came_to
         from flows.progress import log_lines
 
         with log_lines(Console(stderr=True)):
             state = collect_workloads(request, return_state=True)
-        found = state.result(raise_on_failure=False)
-        if isinstance(found, OnboardError):
-            raise found
-        if not isinstance(found, Collection):
-            raise OnboardError(f"the run ended {state.name}: {state.message}")
+        found = came_to(state, Collection)
     if as_json:
         typer.echo(json.dumps(found.model_dump(), indent=2))
         return 1 if found.failed else 0

@@ -14,10 +14,10 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.futures import wait
-from prefect.states import Completed, Failed
 from pydantic import BaseModel
 
 from flows.dispatch import check_crashes
+from flows.outcome import ended
 from tasks import manifest, settings
 from tasks.collect import live
 from tasks.collect.place import Outcome
@@ -100,9 +100,7 @@ def collect_workloads(request: CollectRequest) -> State[Collection]:
         except Exception as error:  # a definition's failure stops no other
             found.failed[name] = reason_of(error)
             manifest.record_error(request.manifest, name, found.failed[name])
-    if found.failed:
-        return Failed(message=found.counts, data=found)
-    return Completed(message=found.counts, data=found)
+    return ended(found.counts, found, failed=bool(found.failed))
 
 
 def serve_sessions(request: CollectRequest) -> ServedSessions:

@@ -22,8 +22,8 @@ from tasks import settings
 from tasks.errors import CollectError
 
 _POLL_SECONDS = 2
-_RESCUE_SECONDS = 120
-"""How long a crashed run is given to be started again by the automation."""
+_RESCUE_SECONDS = 30
+"""How long a crashed run is left to the automation, before its parent starts it again."""
 _ENDS = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
 
 
@@ -75,7 +75,7 @@ def _wait(client: SyncPrefectClient, child: FlowRun, crashes: int) -> State[Any]
         if state and state.is_crashed() and _crashes(client, found) <= crashes:
             crashed_at = crashed_at or time.monotonic()
             if time.monotonic() - crashed_at > _RESCUE_SECONDS:
-                return state
+                client.set_flow_run_state(child.id, AwaitingRetry(), force=True)
         elif state and (state.is_final() or state.is_paused()):
             return state
         else:

@@ -45,8 +45,8 @@ _CLIENT = {
 }
 
 
-def _die_with_parent() -> None:
-    """Have the kernel end the server when this process dies, however it dies."""
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent dies, however that dies."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
@@ -126,7 +126,7 @@ def prefect_server(workspace: Path, port: int | None = None) -> Iterator[str]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call before exec
+                preexec_fn=die_with_parent,  # noqa: PLW1509  one system call before exec
             ) as server,
         ):
             try:

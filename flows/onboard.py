@@ -15,7 +15,6 @@ from prefect import flow, get_run_logger, tags, task, unmapped
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
-from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel
 
@@ -23,6 +22,7 @@ from flows.collect import serve_sessions
 from flows.dispatch import deployed, run_child
 from flows.gpu import serve_on_pool
 from flows.kernel import onboard_kernel, recorded_dumps
+from flows.outcome import ended
 from flows.report import Report
 from flows.sources import update_all
 from tasks import manifest, settings
@@ -97,9 +97,7 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
         account_for(path, name, future.state)
     result = report(path)
     outcome = Outcome(manifest=path, worked_on=list(todo))
-    if result.exit_code == 1:
-        return Failed(message=result.counts, data=outcome)
-    return Completed(message=result.counts, data=outcome)
+    return ended(result.counts, outcome, failed=result.exit_code == 1)
 
 
 @task(

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import httpx
 import tomli_w
 
+from flows.embedded import die_with_parent
 from tasks.collect.keeper import free_port
 
 POOLS = Path(__file__).resolve().parents[2] / "deployments" / "pools"
@@ -163,8 +164,13 @@ class Prefect:
 
 
 @contextmanager
-def prefect_server(folder: Path) -> Iterator[Prefect]:
-    """Run a server with a password of its own while the block runs."""
+def prefect_server(folder: Path, database: str | None = None) -> Iterator[Prefect]:
+    """Run a server with a password of its own while the block runs.
+
+    Args:
+        folder: of its logs and profiles, and of its database if none is given.
+        database: URL of another one.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     password = f"admin:{secrets.token_hex(16)}"
@@ -176,6 +182,7 @@ def prefect_server(folder: Path) -> Iterator[Prefect]:
         "PREFECT_HOME": str(folder / "server"),
         "PREFECT_PROFILES_PATH": str(folder / "server.toml"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        **({"PREFECT_SERVER_DATABASE_CONNECTION_URL": database} if database else {}),
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
@@ -223,6 +230,7 @@ def _running(
             stdout=output,
             stderr=output,
             start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  a test may end by a signal
         ) as process,
     ):
         try:

@@ -19,9 +19,14 @@ import tomli_w
 
 from tasks import files, manifest
 from tests.conftest import DATA, copy_workspace
+from tests.docker.database import database, why_not
 from tests.docker.served import Prefect, prefect_server, until
 
-pytestmark = [pytest.mark.docker, pytest.mark.bench_extra]
+pytestmark = [
+    pytest.mark.docker,
+    pytest.mark.bench_extra,
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SLUG = "qwen3-30b-a3b"
@@ -38,6 +43,15 @@ class House:
     prefect: Prefect
     engine: docker.DockerClient
     workspace: Path
+    label: str
+    """Of its containers: others may be at work beside it."""
+
+    def containers(self, **more: bool) -> list[docker.models.containers.Container]:
+        """Return its containers."""
+        found: list[docker.models.containers.Container] = self.engine.containers.list(
+            filters={"label": self.label}, **more
+        )
+        return found
 
     def onboard(self, **more: Any) -> str:
         """Trigger `onboard-model` through the API; return the run's id."""
@@ -89,7 +103,8 @@ def house(
         "labels": {"onboard.test": folder.name},
     }
     with ExitStack() as stack:
-        prefect = stack.enter_context(prefect_server(folder))
+        store = stack.enter_context(database())
+        prefect = stack.enter_context(prefect_server(folder, store.url))
         shutil.copy(prefect.client_profile, folder / "secrets" / "client.toml")
         for _ in range(2):  # the second time changes nothing
             subprocess.run(
@@ -106,20 +121,21 @@ def house(
         results = {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "store" / "results")}
         stack.enter_context(prefect.worker("gpu", "docker", **results))
         stack.enter_context(prefect.worker("control", "process", PYTHONPATH=str(ROOT), **results))
+        house = House(prefect, engine, workspace, f"onboard.test={folder.name}")
         try:
-            yield House(prefect, engine, workspace)
+            yield house
         finally:
-            label = f"onboard.test={folder.name}"
-            for container in engine.containers.list(all=True, filters={"label": label}):
+            for container in house.containers(all=True):
                 with suppress(docker.errors.APIError):  # it is being removed
                     container.remove(force=True)
 
 
 def serving(house: House) -> docker.models.containers.Container | None:
     """Return the container in which SGLang has been launched, while there is one."""
-    for container in house.engine.containers.list():
+    for container in house.containers():
         commands = [" ".join(row) for row in container.top()["Processes"]]
-        if any("sglang.launch_server" in command for command in commands):
+        servers = ("sglang.launch_server", "tasks.collect.engine")
+        if any(server in command for command in commands for server in servers):
             return container
     return None
 
@@ -139,7 +155,7 @@ def test_collection_crashes_starts_again_fails_and_is_retried(house: House) -> N
     for _ in range(2):
         container = until("SGLang in a container", lambda: serving(house), _SECONDS)
         container.kill()
-        until("its end", lambda killed=container: killed not in house.engine.containers.list())
+        until("its end", lambda killed=container: killed not in house.containers())
     prefect.wait(run, "Failed", seconds=_SECONDS, restarts=True)
     assert "has crashed 2 times" in prefect.state(run)["message"]
     states = prefect.history(run)
@@ -175,4 +191,4 @@ def test_collection_crashes_starts_again_fails_and_is_retried(house: House) -> N
         assert entry.baseline_status == "not evaluated (no CUDA device on this host)"
     evaluated = {item["name"] for item in house.runs("evaluate-baseline")}
     assert evaluated == {f"evaluate {name}" for name in (DECODE, RAGGED, NORM)}
-    until("the containers' removal", lambda: not house.engine.containers.list())
+    until("the containers' removal", lambda: not house.containers())
