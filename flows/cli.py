@@ -317,7 +317,10 @@ def _plan_only(request: CollectRequest, as_json: bool) -> int:
         return 0
     for session in plan.sessions:
         expected = estimate(session, config)
-        typer.echo(f"{session.id}: {session.mode.replace('_', ' ')}, {session.tp} GPU(s)")
+        kind = f"{session.gpu} " if session.gpu else ""
+        typer.echo(f"{session.id}: {session.mode.replace('_', ' ')}, {session.tp} {kind}GPU(s)")
+        for warning in session.warnings:
+            typer.secho(f"  warning: {warning}", fg="yellow")
         typer.echo(f"  flags: {shlex.join(session.flags)}")
         for name, value in session.env.items():
             typer.echo(f"  env: {name}={value}")

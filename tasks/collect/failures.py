@@ -32,6 +32,7 @@ class Kind(StrEnum):
     UNSUPPORTED = "not supported"
     PORT_IN_USE = "port in use"
     NO_DEVICE = "no such GPU"
+    NOT_FREE = "no GPU was free in time"
     DEVICE = "CUDA or NCCL error"
     JIT = "kernel compilation failed"
     IMPORT_ERROR = "missing package"
@@ -81,6 +82,7 @@ _ADVICE = {
     Kind.UNSUPPORTED: "choose another backend, tp or SGLang version for this model and GPU",
     Kind.PORT_IN_USE: "another process was faster; a new attempt takes another port",
     Kind.NO_DEVICE: "check nvidia-smi, the driver and the configured GPU ids",
+    Kind.NOT_FREE: "run it again when they are free, or allow more time (collect.lease_seconds)",
     Kind.DEVICE: "if it stays, check the GPU's health (nvidia-smi, dmesg)",
     Kind.JIT: "FlashInfer compiles kernels: install nvcc and ninja, set CUDA_HOME; "
     "lower MAX_JOBS if the compiler was killed",
@@ -96,6 +98,7 @@ _NOT_RETRYABLE = {
     Kind.MODEL_NOT_FOUND,
     Kind.UNSUPPORTED,
     Kind.NO_DEVICE,
+    Kind.NOT_FREE,
     Kind.JIT,
     Kind.IMPORT_ERROR,
     Kind.DISK_FULL,
@@ -237,6 +240,17 @@ class _Line:
     """Where it was raised, if it was and the traceback says so."""
 
 
+def failure_of(kind: Kind, reason: str, *, pool_tokens: int | None = None) -> Failure:
+    """Return a failure of a known kind."""
+    return Failure(
+        kind=kind,
+        reason=" ".join(reason.split())[:_LONGEST_REASON],
+        retryable=kind not in _NOT_RETRYABLE,
+        advice=_ADVICE[kind],
+        pool_tokens=pool_tokens,
+    )
+
+
 def classify(log: str, status: int | None) -> Failure:
     """Say why a server failed.
 
@@ -248,13 +262,7 @@ def classify(log: str, status: int | None) -> Failure:
     lines = list(_lines(log))
     kind, reason = _told(lines) or _from_status(lines, status)
     pools = [int(tokens) for tokens in _POOL.findall(log)]
-    return Failure(
-        kind=kind,
-        reason=" ".join(reason.split())[:_LONGEST_REASON],
-        retryable=kind not in _NOT_RETRYABLE,
-        advice=_ADVICE[kind],
-        pool_tokens=pools[-1] if pools else None,
-    )
+    return failure_of(kind, reason, pool_tokens=pools[-1] if pools else None)
 
 
 def _lines(log: str) -> Iterator[_Line]:
@@ -378,5 +386,5 @@ def next_adjustment(
     if failure.kind in _STEPS:
         steps = (step(used, failure, limits) for step in _STEPS[failure.kind])
         return next((adjusted for adjusted in steps if adjusted), None)
-    again = sum(past.kind not in _STEPS for _, past in history)
+    again = sum(past.retryable and past.kind not in _STEPS for _, past in history)
     return used if again <= _AGAIN.get(failure.kind, _AGAIN_AT_MOST) else None

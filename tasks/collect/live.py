@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tasks.collect.dumps import CallLog
-from tasks.collect.place import Outcome, failures, outcomes
+from tasks.collect.place import Outcome, outcomes, unfinished
 from tasks.collect.plan import Plan, plan_sessions
 from tasks.collect.request import CollectRequest
 from tasks.collect.session import Session
@@ -147,9 +147,13 @@ def served_calls(sessions: Path, name: str) -> tuple[CallLog, list[Session]]:
     served = [
         (place, found) for place, found in outcomes(sessions) if name in found.session.expects
     ]
-    failed = [(session, why) for session, why in failures(sessions) if name in session.expects]
-    if failed and not served:
-        reasons = "; ".join(f"session {session.id} failed: {why}" for session, why in failed)
+    left = [(session, why) for session, why in unfinished(sessions) if name in session.expects]
+    if left and not served:
+        reasons = "; ".join(
+            f"session {session.id} "
+            + (f"failed: {why}" if why else "is not complete; onboard collect goes on with it")
+            for session, why in left
+        )
         raise CollectError(f"{name}: {reasons}")
     if not served:
         raise CollectError(

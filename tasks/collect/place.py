@@ -91,7 +91,9 @@ class Place:
     @classmethod
     def of(cls, sessions: Path, session: Session) -> Place:
         """Return a session's place in the folder of all sessions."""
-        content = session.model_dump_json(exclude={"sglang"})
+        # What says nothing, or to people only, makes no other session.
+        silent = {"sglang", "warnings"} | (set() if session.gpu else {"gpu"})
+        content = session.model_dump_json(exclude=silent)
         digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         return cls(sessions / f"{files.safe_name(session.id, 'session id')}-{digest}")
 
@@ -167,15 +169,16 @@ class Place:
         made = _Attempts(session=session, attempts=attempts)
         files.write_text(self._attempts, made.model_dump_json(indent=2))
 
-    def failed(self) -> tuple[Session, Failure] | None:
-        """Return the session and how its last launch failed, if it did.
+    def unfinished(self) -> tuple[Session, Failure | None] | None:
+        """Return the session and how its last launch failed, if there was one and it is not over.
+
+        A launch that was interrupted has not failed, nor has one that goes on.
 
         Raises:
             CollectError: the launches' file is damaged.
         """
         made = None if self._outcome.exists() else self._made()
-        failure = made.attempts[-1].failure if made and made.attempts else None
-        return (made.session, failure) if made and failure else None
+        return (made.session, made.attempts[-1].failure) if made and made.attempts else None
 
     def _made(self) -> _Attempts | None:
         if not self._attempts.exists():
@@ -225,13 +228,15 @@ def outcomes(sessions: Path) -> list[tuple[Place, Outcome]]:
     return [(place, outcome) for place, outcome in read if outcome is not None]
 
 
-def failures(sessions: Path) -> list[tuple[Session, Failure]]:
-    """Return the sessions of a folder whose last launch failed, in the order of their names.
+def unfinished(sessions: Path) -> list[tuple[Session, Failure | None]]:
+    """Return the sessions of a folder that are not complete, in the order of their names.
 
-    One whose file is damaged is left out, with a warning.
+    Returns:
+        Each with how its last launch failed, or nothing where that was interrupted or goes on. One
+        whose file is damaged is left out, with a warning.
     """
-    read = (_undamaged(place.failed) for place in all_places(sessions))
-    return [failed for failed in read if failed is not None]
+    read = (_undamaged(place.unfinished) for place in all_places(sessions))
+    return [left for left in read if left is not None]
 
 
 def _undamaged(read: Callable[[], T | None]) -> T | None:

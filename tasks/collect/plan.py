@@ -7,8 +7,8 @@ whole calls are recorded or plans only. A definition fits a launch that agrees i
 
 Recording a plan costs a few hundred bytes. A function without a plan (norms, sampling, MoE) is
 recorded with its activations and weights, for every layer and step, so such calls have a launch of
-their own, with short answers and, where every layer is alike, with few layers: none of what their
-rows hold depends on how often the layer is repeated.
+their own, with short prompts and answers and with few layers: none of what their rows hold depends
+on how often a layer is repeated.
 """
 
 from __future__ import annotations
@@ -38,8 +38,20 @@ _BASE = ("--attention-backend flashinfer", "--sampling-backend flashinfer")
 _OVERRIDE = "--json-model-override-args"
 _PAGED = {"SGLANG_FLASHINFER_USE_PAGED": "1"}
 """SGLang then prefills with the paged wrapper (`environ.py`, 0.5.9 to 0.5.23)."""
-_SHORT_PROMPT, _SHORT_ANSWER = 1024, 16
-"""Tokens of a prompt and an answer where whole calls are recorded: their rows count tokens only."""
+_PROMPT, _LEAST_PROMPT, _ANSWER = 1024, 4, 16
+"""Tokens of a prompt, at most and at least, and of an answer where whole calls are recorded: their
+rows count tokens only."""
+_MOST_RECORDED = 20e9
+"""Bytes of whole calls that a session records at most, by the estimate."""
+_FEWEST, _FEWEST_NESTED = 2, 4
+"""Layers that show all kinds of them. Of a multimodal model some kinds may be known to SGLang only:
+the full attention of each fourth layer of Llama 4."""
+_LOADS_ALL = frozenset(
+    {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"}
+    | {"Llama4ForCausalLM", "Llama4ForConditionalGeneration", "Qwen3NextForCausalLM"}
+)
+"""Models whose weights SGLang 0.5.17 does not load where the config has fewer layers than them (a
+KeyError in `load_weights`); dummy weights are as many as there are layers."""
 _SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes, where a kernel is the same at all of them."""
 _STEP_SECONDS = 0.03
@@ -47,12 +59,24 @@ _STEP_SECONDS = 0.03
 _PREFILL_TOKENS_PER_SECOND = 20_000
 _START_SECONDS = 120
 _OURS = frozenset(
-    {"--model-path", "--model", "--host", "--port", "--attention-backend", "--page-size"}
-    | {"--tp-size", "--tp", "--tensor-parallel-size", "--ep-size", "--ep"}
-    | {"--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"}
-    | {"--nnodes", "--node-rank", "--dist-init-addr", "--dp-size", "--dp", "--pp-size", "--pp"}
+    # What sessions emit, in all its spellings,
+    {text.partition(" ")[0] for text in _BASE}
+    | {"--model-path", "--model", "--host", "--port", "--page-size", "--disable-radix-cache"}
+    | {"--tp-size", "--tp", "--tensor-parallel-size", "--ep-size", "--ep", "--expert-parallel-size"}
+    | {"--max-running-requests", "--max-total-tokens", "--skip-server-warmup"}
+    | {"--skip-tokenizer-init", "--nnodes", "--node-rank", "--dist-init-addr", "--nccl-init-addr"}
+    # and what would change that in another way: ranks, GPUs, kernels, who may send requests.
+    | {"--dp-size", "--dp", "--data-parallel-size", "--enable-dp-attention"}
+    | {"--pp-size", "--pp", "--pipeline-parallel-size", "--attn-cp-size", "--dcp-size"}
+    | {"--attention-context-parallel-size", "--decode-context-parallel-size"}
+    | {"--device", "--base-gpu-id", "--gpu-id-step", "--disaggregation-mode", "--config"}
+    | {"--enable-torch-compile", "--api-key", "--ssl-keyfile", "--ssl-certfile"}
 )
-"""Arguments that a session decides, in all their spellings."""
+"""Arguments that a session decides."""
+_OUR_GRAPHS = "cuda-graph"
+"""What is in the name of every flag of CUDA graphs, which a session does without."""
+_OURS_UNLESS_FLASHINFER = {"--prefill-attention-backend", "--decode-attention-backend"}
+"""Arguments that may only say what a session says: some models need it said twice."""
 _BYTES_PER_SECOND = 1e9
 """Written by a server and drained, seen on an H200's host with dumps in memory."""
 _PLAN_BYTES = 8_000
@@ -93,6 +117,21 @@ class Wish:
     record_runs: bool = False
     """Record the attention wrappers' runs as well as their plans; the KV pool is capped then."""
 
+    @property
+    def asked(self) -> Mapping[str, str]:
+        """The flags that are asked for, with their values; empty for those without."""
+        return _by_name(self.flags)
+
+    @property
+    def overrides(self) -> bool:
+        """Whether the model's config is changed as the user wants it."""
+        return _OVERRIDE in self.asked
+
+    @property
+    def dummies(self) -> bool:
+        """Whether the model's weights are made up."""
+        return self.asked.get("--load-format") == "dummy"
+
 
 class Estimate(BaseModel):
     """What a session will come to, roughly."""
@@ -132,7 +171,7 @@ class _Launch:
     whole: bool
     """Whether whole calls are recorded."""
     gpu: str
-    """Architecture of the only GPUs that it starts on."""
+    """Architecture of the only GPUs that it starts on; empty for any."""
     options: Mapping[str, str]
     kernels: tuple[tuple[KernelSpec, FlashInferApi], ...] = ()
 
@@ -276,13 +315,20 @@ def _session(
     record = {name for _, api in launch.kernels for name in api.recorded}
     if wish.record_runs:
         record |= {name for _, api in launch.kernels for name in api.dumps}
-    traffic, options, layers = wish.traffic, dict(launch.options), None
+    traffic, options = wish.traffic, dict(launch.options)
+    layers, warnings = model.num_layers, list[str]()
     if launch.whole:
-        traffic = _brief(traffic)
-        own = _OVERRIDE in wish.flags
-        layers = None if wish.all_layers or own else few_layers(model)
-        if layers is not None:
-            options[_OVERRIDE] = json.dumps({"num_hidden_layers": layers})
+        asked = wish.all_layers or wish.overrides
+        fewer = None if asked else few_layers(model, wish.dummies)
+        if fewer is not None:
+            layers = fewer
+            options[_OVERRIDE] = json.dumps(_with_layers(model, layers))
+        if asked:
+            traffic = _brief(traffic)
+        else:
+            traffic = _within(_MOST_RECORDED / len(record), traffic, model, layers)
+        if fewer is None and not asked:
+            warnings.append(_all_served(traffic, model))
     if mode == "paged_prefill":
         # A cached prefix is what makes a paged prefill more than a ragged one.
         traffic = traffic.model_copy(update={"shared_prefix": traffic.shared_prefix or 0.5})
@@ -291,13 +337,19 @@ def _session(
     # Experts are spread over the tensor-parallel ranks, and these evenly over hosts.
     least = math.lcm(ep, wish.nodes.nodes)
     sizes = sorted(size for size in launch.tp or _SIZES if size % least == 0) or [least]
-    needed = weight_bytes(model) / 1e9 * (layers or model.num_layers) / model.num_layers
+    needed = weight_bytes(model) / 1e9 * layers / model.num_layers
     tp = next((size for size in sizes if size * gpu_memory_gb > needed), sizes[-1])
+    if tp * gpu_memory_gb <= needed:
+        warnings.append(
+            f"the weights take about {needed:.0f} GB, and {tp} GPU{'s have' if tp > 1 else ' has'} "
+            f"{tp * gpu_memory_gb:.0f} (gpu_memory_gb); its kernels are of no larger tp"
+        )
     options |= {"--tp-size": str(tp), "--page-size": str(page_size)}
     if ep > 1:
         options["--ep-size"] = str(ep)
     options["--max-running-requests"] = str(max(traffic.batch_sizes))
     options |= eager_options(flags)
+    _check_kept(wish, options)
     arguments = [word for name, value in options.items() for word in (name, value) if word]
     arguments += [*wish.nodes.arguments, *wish.flags]
     _check_flags(arguments, flags)
@@ -316,34 +368,105 @@ def _session(
         hints={spec.name: api.hint for spec, api in launch.kernels},
         traffic=traffic,
         tp_choices=tuple(sizes),
+        gpu=launch.gpu,
+        warnings=tuple(warnings),
         nodes=wish.nodes.nodes,
         node_rank=wish.nodes.rank,
     )
 
 
-def _brief(traffic: Traffic) -> Traffic:
+def _brief(traffic: Traffic, prompt: int = _PROMPT, answer: int = _ANSWER) -> Traffic:
     """Return the same batches of shorter prompts with short answers, once."""
-    brief = (
-        Lengths(isl=min(n.isl, _SHORT_PROMPT), osl=min(n.osl, _SHORT_ANSWER))
-        for n in traffic.lengths
+    pairs = (Lengths(isl=min(n.isl, prompt), osl=min(n.osl, answer)) for n in traffic.lengths)
+    return traffic.model_copy(update={"lengths": tuple(dict.fromkeys(pairs)), "rounds": 1})
+
+
+def _within(room: float, traffic: Traffic, model: ModelConfig, layers: int) -> Traffic:
+    """Return it so brief that one function's whole calls take no more than `room` bytes, about.
+
+    Where even the shortest requests are too much, the largest batches are left out. The prompts of
+    a file are as long as they are.
+    """
+
+    def fits(brief: Traffic) -> bool:
+        return _whole_bytes(_Volume.of(brief, limits_of(model)), model, layers) <= room
+
+    brief, prompt, answer = _brief(traffic), _PROMPT, _ANSWER
+    if traffic.kind != "random":
+        return brief
+    while not fits(brief) and prompt > _LEAST_PROMPT:
+        prompt //= 2
+        answer = max(2, min(answer, prompt // 4))
+        brief = _brief(traffic, prompt, answer)
+    while not fits(brief) and len(brief.batch_sizes) > 1:
+        brief = brief.model_copy(update={"batch_sizes": brief.batch_sizes[:-1]})
+    return brief
+
+
+def _all_served(traffic: Traffic, model: ModelConfig) -> str:
+    """Say that whole calls are recorded of all layers, and of which requests."""
+    prompt = max(length.isl for length in traffic.lengths)
+    sizes = ", ".join(map(str, traffic.batch_sizes))
+    text = (
+        f"all {model.num_layers} layers are recorded, so of prompts of at most {prompt} tokens, at "
+        f"batch sizes {sizes}"
     )
-    return traffic.model_copy(update={"lengths": tuple(dict.fromkeys(brief)), "rounds": 1})
+    if model.architecture in _LOADS_ALL:
+        text += "; SGLang loads fewer of this model with --server-flag='--load-format dummy' only"
+    return text
 
 
-def few_layers(model: ModelConfig) -> int | None:
+def few_layers(model: ModelConfig, dummies: bool = False) -> int | None:
     """Return how many of the model's layers show every kind of it, if fewer may be served.
 
-    None where layers are listed one by one or nested in a multimodal config: SGLang then needs
-    more than `num_hidden_layers` changed.
+    None where SGLang does not load fewer layers than the weights have, and where what the layers
+    are is not stated from the first on (they share keys with the last ones, or their config is
+    nested twice).
+
+    Args:
+        model: the model's config.
+        dummies: whether its weights are made up and not loaded.
     """
-    listed = any(
-        isinstance(value, list) and len(value) >= model.num_layers
-        for value in model.fields.raw.values()
-    )
-    if listed or not model.fields.has("num_hidden_layers") or model.fields.prefix:
+    fields = model.fields
+    stated = fields.has("num_hidden_layers", "layers_block_type", "layer_types")
+    shared = fields.raw.get("num_kv_shared_layers")
+    loads = dummies or model.architecture not in _LOADS_ALL
+    if not (stated and loads) or shared or fields.prefix.count(".") > 1:
         return None
-    kinds = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
-    return min(model.num_layers, max(2, 1 + max(kinds.values())))
+    kinds: list[Sequence[Any]] = [
+        [replace(layer, dense_width=layer.dense_width and 1) for layer in model.layers]
+    ]
+    for values in _listed(model).values():
+        # Lists of sizes and words say what is not read here; numbers of layers do not repeat.
+        words = [value for value in values[: model.num_layers] if isinstance(value, str | int)]
+        if len(words) == model.num_layers > len(set(words)):
+            kinds.append(words)
+    last = max(known.index(kind) for known in kinds for kind in known)
+    return min(model.num_layers, max(_FEWEST_NESTED if fields.prefix else _FEWEST, 1 + last))
+
+
+def _listed(model: ModelConfig) -> dict[str, Any]:
+    """Return what the config lists layer by layer, as a list or as a pattern of letters."""
+    return {
+        name: value
+        for name, value in model.fields.raw.items()
+        if (isinstance(value, list) or (isinstance(value, str) and "pattern" in name))
+        and len(value) >= model.num_layers
+    }
+
+
+def _with_layers(model: ModelConfig, layers: int) -> dict[str, Any]:
+    """Return what to override in the model's config so that it has fewer layers.
+
+    What is listed layer by layer is shortened too; entries behind those of all layers belong to
+    layers that predict further tokens, and stay. SGLang 0.5.17 merges a nested part into the
+    config's (`hf_transformers/config.py: get_config`).
+    """
+    part: dict[str, Any] = {"num_hidden_layers": layers}
+    for name, value in _listed(model).items():
+        part[name] = value[:layers] + value[model.num_layers :]
+    nested = model.fields.prefix.removesuffix(".")
+    return {nested: part} if nested else part
 
 
 def eager_options(flags: Collection[str]) -> dict[str, str]:
@@ -379,6 +502,15 @@ def _check_asked(wish: Wish, flags: Collection[str]) -> None:
         )
 
 
+def _check_kept(wish: Wish, options: Mapping[str, str]) -> None:
+    """Check that nothing is asked for that a session sets otherwise for its kernels."""
+    for name, value in wish.asked.items():
+        if name != _OVERRIDE and options.get(name, value) != value:
+            raise InputError(
+                f"--server-flag: {name} is decided by the session: {options[name]} for its kernels"
+            )
+
+
 def _check_hosts(wish: Wish, specs: Sequence[KernelSpec]) -> None:
     """Check that each kernel has a tensor-parallel size that the hosts can share evenly."""
     nodes = wish.nodes.nodes
@@ -392,8 +524,70 @@ def _check_hosts(wish: Wish, specs: Sequence[KernelSpec]) -> None:
 
 
 def _unknown(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
-    named = (word.partition("=")[0] for word in arguments if word.startswith("--"))
-    return [name for name in named if name not in flags]
+    return [name for name in _by_name(arguments) if name not in flags]
+
+
+def _by_name(arguments: Sequence[str]) -> dict[str, str]:
+    """Return flag -> value, empty for one that has none."""
+    found = {}
+    for word, following in zip(arguments, (*arguments[1:], "--"), strict=False):
+        if word.startswith("--"):
+            name, given, value = word.partition("=")
+            found[name] = value if given or following.startswith("--") else following
+    return found
+
+
+@dataclass(frozen=True)
+class _Volume:
+    """How much is served, about."""
+
+    steps: float
+    """Of decoding."""
+    requests: float
+    prompts: float
+    """Tokens of the prompts."""
+    answers: float
+    """Tokens of the answers."""
+    indices: float
+    """Entries of the page tables of all decode steps, at page size 1."""
+
+    @classmethod
+    def of(cls, traffic: Traffic, limits: Limits) -> _Volume:
+        """Count what of the traffic the server has room for."""
+        share = (1 + traffic.random_range_ratio) / 2
+        steps = requests = prompts = answers = indices = 0.0
+        for length, batch in product(traffic.lengths, traffic.batch_sizes):
+            if traffic.kind == "random" and not limits.fit(length.isl, length.osl):
+                continue
+            wave = traffic.rounds * length.osl * share
+            steps += wave
+            requests += traffic.rounds * batch
+            prompts += traffic.rounds * batch * length.isl * share
+            answers += wave * batch
+            indices += wave * batch * (length.isl + length.osl / 2) * share
+        return cls(steps, requests, prompts, answers, indices)
+
+
+def _whole_bytes(volume: _Volume, model: ModelConfig, layers: int) -> float:
+    """Return about how many bytes one function's calls take that are recorded whole."""
+    return 3 * 2 * model.hidden_size * (volume.prompts + volume.answers) * 2 * layers
+
+
+def _layers_of(session: Session, model: ModelConfig) -> int:
+    """Return how many layers a session serves, as far as it is told to serve fewer."""
+    if _OVERRIDE not in session.flags:
+        return model.num_layers
+    try:
+        part = json.loads(session.flags[session.flags.index(_OVERRIDE) + 1])
+    except ValueError:  # of the user's own; SGLang will say so
+        return model.num_layers
+    for name in ("num_hidden_layers", model.fields.prefix.removesuffix(".")):
+        found = part.get(name) if isinstance(part, dict) else None
+        if isinstance(found, dict):
+            found = found.get("num_hidden_layers")
+        if type(found) is int and 0 < found < model.num_layers:
+            return found
+    return model.num_layers
 
 
 def estimate(session: Session, model: ModelConfig) -> Estimate:
@@ -403,30 +597,20 @@ def estimate(session: Session, model: ModelConfig) -> Estimate:
     tells minutes from hours and no more.
     """
     traffic, limits = session.traffic, limits_of(model)
-    share = (1 + traffic.random_range_ratio) / 2
-    steps = requests = tokens = indices = 0.0
-    for length, batch in product(traffic.lengths, traffic.batch_sizes):
-        if traffic.kind == "random" and not limits.fit(length.isl, length.osl):
-            continue
-        wave = traffic.rounds * length.osl * share
-        steps += wave
-        requests += traffic.rounds * batch
-        tokens += traffic.rounds * batch * length.isl * share
-        indices += wave * batch * (length.isl + length.osl / 2) * share
+    volume, layers = _Volume.of(traffic, limits), _layers_of(session, model)
     calls = {}
     written = 0.0
     for name in session.record:
-        each = requests if "Prefill" in name else steps
+        each = volume.requests if "Prefill" in name else volume.steps
         if name.endswith(".plan"):
-            held = tokens if "Prefill" in name else indices
+            held = volume.prompts if "Prefill" in name else volume.indices
             written += each * _PLAN_BYTES + (0 if "Ragged" in name else 4 * held)
         else:
-            layers = few_layers(model) or model.num_layers
-            each = (steps + requests) * 2 * layers
-            written += 3 * 2 * model.hidden_size * tokens * 2 * layers
+            each = (volume.steps + volume.requests) * 2 * layers
+            written += _whole_bytes(volume, model, layers)
         calls[name] = math.ceil(each)
-    seconds = _START_SECONDS + steps * _STEP_SECONDS + tokens / _PREFILL_TOKENS_PER_SECOND
-    seconds += written / _BYTES_PER_SECOND
+    seconds = _START_SECONDS + volume.steps * _STEP_SECONDS
+    seconds += volume.prompts / _PREFILL_TOKENS_PER_SECOND + written / _BYTES_PER_SECOND
     return Estimate(
         calls=calls,
         seconds=round(seconds),
@@ -456,13 +640,22 @@ def read_arguments(texts: Iterable[str]) -> tuple[str, ...]:
         words = tuple(word for text in texts for word in shlex.split(text))
     except ValueError as error:
         raise InputError(f"--server-flag: {error}") from error
-    taken = sorted({word.partition("=")[0] for word in words} & _OURS)
+    taken = [name for name, value in _by_name(words).items() if _is_ours(name, value)]
     if taken:
-        raise InputError(f"--server-flag: {', '.join(taken)} is decided by the session")
+        raise InputError(
+            f"--server-flag: {', '.join(taken)} is decided by the session: its kernels, its GPUs "
+            "and its traffic rest on it"
+        )
     short = [word for word in words if re.match(r"-[A-Za-z]", word)]
     if short or (words and not words[0].startswith("--")):
         raise InputError(f"--server-flag: {(short or words)[0]!r} is no flag")
     return words
+
+
+def _is_ours(name: str, value: str) -> bool:
+    if name in _OURS_UNLESS_FLASHINFER:
+        return value != "flashinfer"
+    return name in _OURS or _OUR_GRAPHS in name
 
 
 def shown(session: Session, model: ModelConfig) -> dict[str, Any]:

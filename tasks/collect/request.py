@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +13,17 @@ from tasks.collect.plan import NodeGroup, Wish, read_arguments
 from tasks.collect.session import Lengths, Traffic
 from tasks.errors import InputError, first_problem
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
+
+_HELD = {
+    "FLASHINFER_DUMP": "it says what FlashInfer records, and where",
+    "FLASHINFER_LOG": "it says what FlashInfer records, and where",
+    "CUDA_VISIBLE_DEVICES": "it names the GPUs that were leased",
+    "CUDA_DEVICE_ORDER": "it numbers the GPUs that were leased",
+    "PYTHONPATH": "the server is found by it; set it for onboard itself to add to it",
+    "PYTHONUNBUFFERED": "the server's log is followed while it is written",
+    "SGLANG_FLASHINFER_USE_PAGED": "it says which way of prefilling the session shows",
+}
+"""What names of variables begin with that sessions rest on -> why."""
 
 
 class CollectRequest(BaseModel):
@@ -24,7 +35,7 @@ class CollectRequest(BaseModel):
     definitions: tuple[str, ...] = Field(
         default=(), description="Definitions to collect for; all that have none yet if not given."
     )
-    batch_sizes: tuple[int, ...] = Field(
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
         default=Traffic().batch_sizes, min_length=1, description="Requests at a time, wave by wave."
     )
     dataset_kind: Literal["random", "sharegpt"] = Field(
@@ -36,7 +47,9 @@ class CollectRequest(BaseModel):
     isl: int | None = Field(default=None, ge=1, description="Input length, with osl.")
     osl: int | None = Field(default=None, ge=1, description="Output length, with isl.")
     random_range_ratio: float = Field(default=Traffic().random_range_ratio, gt=0, le=1)
-    rounds: int = Field(default=Traffic().rounds, ge=1, description="Times each wave is sent.")
+    rounds: int = Field(
+        default=Traffic().rounds, ge=1, le=1000, description="Times each wave is sent."
+    )
     seed: int = Field(default=0, description="The same seed gives the same requests.")
     model_path: str | None = Field(
         default=None, description="Folder or repository to serve instead of the manifest's."
@@ -71,7 +84,7 @@ class CollectRequest(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> CollectRequest:
         if (self.isl is None) != (self.osl is None):
-            raise ValueError("isl and osl: give both or none")
+            raise ValueError("isl, osl: give both or none")
         self._check_nodes()
         secret = next((name for name in self.server_env if may_be_secret(name)), None)
         if secret is not None:
@@ -79,6 +92,10 @@ class CollectRequest(BaseModel):
                 f"server_env: {secret} would be shown and stored; give the Hub's token as "
                 "ONBOARD_HF_TOKEN"
             )
+        for name in self.server_env:
+            why = next((why for held, why in _HELD.items() if name.startswith(held)), None)
+            if why is not None:
+                raise ValueError(f"server_env: {name} is decided by the session: {why}")
         if (self.dataset_kind == "sharegpt") != (self.dataset_path is not None):
             raise ValueError("dataset_path: is for, and needed by, dataset_kind sharegpt")
         return self
@@ -166,5 +183,14 @@ def parse_request(**fields: Any) -> CollectRequest:
         return CollectRequest(**fields)
     except ValidationError as error:
         field, reason = first_problem(error)
-        option = f"--{field.replace('_', '-')}: " if field in CollectRequest.model_fields else ""
-        raise InputError(f"{option}{reason}") from error
+        named, said, rest = reason.partition(": ")
+        named, rest = (named, rest) if said and not field else (field, reason)
+        names = [name.partition(".")[0] for name in named.split(", ")]
+        if not set(names) <= CollectRequest.model_fields.keys():
+            raise InputError(reason) from error
+        raise InputError(f"{', '.join(map(_option, names))}: {rest}") from error
+
+
+def _option(field: str) -> str:
+    """Return a field as the command spells it."""
+    return f"--{field.replace('_', '-').replace('flags', 'flag')}"

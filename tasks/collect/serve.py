@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import subprocess
 import sys
 import threading
 import time
@@ -28,7 +30,14 @@ from tasks.collect import scratch
 from tasks.collect.drain import Drain, scan_log
 from tasks.collect.engine import Order, read_served, save_served
 from tasks.collect.environment import passed_on
-from tasks.collect.failures import Adjustment, Failure, Kind, classify, next_adjustment
+from tasks.collect.failures import (
+    Adjustment,
+    Failure,
+    Kind,
+    classify,
+    failure_of,
+    next_adjustment,
+)
 from tasks.collect.gate import check_session
 from tasks.collect.keeper import PORT, Keeper
 from tasks.collect.lease import visible_gpus
@@ -55,6 +64,8 @@ _READY = "ready"
 """File in a launch's folder: the offline engine is up."""
 _GO = "go"
 """File in a launch's folder: the server is up, what it dumps from now on was served."""
+_HOST_SECONDS = 30.0
+"""For the host to say which GPUs it has."""
 _LOG_LINES = 300
 """Of the end of the log, in which the reason of a failure is looked for."""
 _CAPPED_POOL = 16_384
@@ -146,15 +157,26 @@ def serve_session(
         )
         try:
             outcome = launch.run()
-        except _LaunchError as error:
-            attempt.failure = error.failure
+            place.finish(outcome)
+        except Exception as error:
+            host.go_on()  # a launch that somebody ended has not failed
+            attempt.failure = _as_failure(error)
             made = [*attempts, attempt]
             place.record(session, made)
+            if not isinstance(error, _LaunchError):
+                raise
             if error.failure.kind is Kind.WRONG_KERNELS:
                 place.set_aside(len(made))
             raise _session_error(place, session, made, error.failure, options) from error
-        place.finish(outcome)
         return outcome
+
+
+def _as_failure(error: Exception) -> Failure:
+    """Return why a launch failed that ended with an error."""
+    if isinstance(error, _LaunchError):
+        return error.failure
+    reason = str(error) if isinstance(error, OnboardError) else f"{type(error).__name__}: {error}"
+    return replace(failure_of(Kind.UNKNOWN, reason), retryable=False)
 
 
 def _check_traffic(session: Session, model: ModelConfig) -> None:
@@ -172,6 +194,7 @@ def _session_error(
 ) -> SessionError:
     following = _next(attempts, session, options)
     log = place.logs(len(attempts)) / "server.log"
+    told = f"; log: {log}" if log.exists() else ""
     hosts = ""
     if session.nodes > 1:
         hosts = (
@@ -179,7 +202,7 @@ def _session_error(
             "complete, remove outcome.json from its folder first"
         )
     return SessionError(
-        f"{session.id}: {failure.reason} ({failure.advice}; log: {log}{hosts})",
+        f"{session.id}: {failure.reason} ({failure.advice}{told}{hosts})",
         failure,
         again=following is not None,
     )
@@ -342,6 +365,7 @@ class _Launch:
     def run(self) -> Outcome:
         """Run it."""
         self.logs.mkdir(parents=True, exist_ok=True)
+        self._check_gpus()
         for reason, waves_left in not_sent(self.traffic, self._limits(), self._folder).items():
             self.say(f"{self.session.id}: {waves_left} waves will not be sent: {reason}")
         with (
@@ -380,7 +404,7 @@ class _Launch:
             note = {"pid": keeper.pid, "started": psutil.Process(keeper.pid).create_time()}
             files.write_json(self.logs / _KEEPER, note)
             self.follower, self.milestones = LogFollower(self.log), Milestones()
-            gpus = keeper.wait_leased(self.say, self.host.go_on)
+            gpus = self._leased()
             self.say(f"{self.session.id}: launch {self.number} on GPU {', '.join(gpus)}")
             port = None if offline else keeper.port
             self._wait_ready(port)
@@ -396,6 +420,45 @@ class _Launch:
             else:
                 self._send(port)
         return gpus
+
+    def _check_gpus(self) -> None:
+        """Check that this host has GPUs that the session's kernels run on, if it says what it has.
+
+        Raises:
+            _LaunchError: it has others.
+        """
+        had = compute_capabilities() if self.session.gpu else ()
+        wanted = self.session.gpu.removeprefix("SM")[:-1]
+        if had and not any(capability.startswith(f"{wanted}.") for capability in had):
+            raise _LaunchError(
+                failure_of(
+                    Kind.UNSUPPORTED,
+                    f"its kernels run on {self.session.gpu} (compute capability {wanted}.x) only, "
+                    f"and this host's GPUs are of {', '.join(sorted(set(had)))}",
+                )
+            )
+
+    def _leased(self) -> tuple[str, ...]:
+        """Wait for the GPUs.
+
+        Raises:
+            _LaunchError: there are not as many, they were not free in time, or the keeper ended.
+        """
+        try:
+            return self.keeper.wait_leased(self.say, self.host.go_on)
+        except CollectError as error:
+            self.host.go_on()
+            raise _LaunchError(self._not_leased(error)) from error
+
+    def _not_leased(self, error: CollectError) -> Failure:
+        told = {event["event"]: event for event in self.keeper.events}
+        if told.get("exit", {"stopped": True})["stopped"]:
+            return failure_of(Kind.KILLED, str(error))
+        if self.attempt.adjustment.tp // self.session.nodes > len(visible_gpus(self.options.gpus)):
+            return failure_of(Kind.NO_DEVICE, str(error))
+        if "waiting" in told and "leased" not in told:
+            return failure_of(Kind.NOT_FREE, str(error))
+        return _as_failure(error)
 
     def _follow(self) -> None:
         """Drain what a host shows that is not the first, until the first has stopped.
@@ -624,6 +687,25 @@ class _Launch:
             peak_mb=round(self.tally.peak / 1e6, 1),
             pauses=self.tally.pauses,
         )
+
+
+def compute_capabilities() -> tuple[str, ...]:
+    """Return what this host's GPUs are (`9.0`), as the driver's tool says; nothing where it fails.
+
+    Those that are not leased count too: in which order the tool numbers them is not CUDA's.
+    """
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_HOST_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ()
+    lines = (line.strip() for line in answer.stdout.splitlines())
+    return tuple(line for line in lines if re.fullmatch(r"\d+\.\d+", line))
 
 
 def _folder(model: str) -> Path | None:

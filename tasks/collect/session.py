@@ -93,6 +93,10 @@ class Session(BaseModel):
     traffic: Traffic
     tp_choices: tuple[int, ...]
     """Tensor-parallel sizes at which every one of its kernels has the same shapes."""
+    gpu: str = ""
+    """Architecture of the only GPUs that its kernels run on (`SM100`); empty for any."""
+    warnings: tuple[str, ...] = ()
+    """What its plan has to say of it."""
     nodes: int = Field(default=1, ge=1)
     """Hosts that serve it together."""
     node_rank: int = Field(default=0, ge=0)

@@ -15,6 +15,7 @@ from tasks.collect.failures import (
     Failure,
     Kind,
     classify,
+    failure_of,
     next_adjustment,
 )
 
@@ -392,3 +393,20 @@ def test_it_always_ends_and_never_asks_for_more(
         used = adjusted
     else:
         raise AssertionError("it goes on forever")
+
+
+def test_failures_that_nothing_was_tried_again_for_use_up_no_attempt() -> None:
+    used = Adjustment(None, 1, 1.0)
+    not_free, killed = failure_of(Kind.NOT_FREE, "held"), failure_of(Kind.KILLED, "kill -9")
+    assert next_adjustment([(used, not_free)], (1,), 1) is None
+    assert next_adjustment([(used, not_free)] * 5 + [(used, killed)] * 2, (1,), 1) == used
+    assert next_adjustment([(used, killed)] * 3, (1,), 1) is None
+
+
+@given(st.text())
+def test_a_reason_is_one_line_of_bounded_length(text: str) -> None:
+    for kind in Kind:
+        known = failure_of(kind, text)
+        assert len(known.reason.splitlines()) <= 1
+        assert len(known.reason) <= 300
+        assert known.advice

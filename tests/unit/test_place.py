@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import pytest
 from tasks.collect import scratch, serve
 from tasks.collect.engine import read_served, save_served
 from tasks.collect.failures import Adjustment
-from tasks.collect.place import Attempt, Outcome, Place, failures, outcomes
+from tasks.collect.place import Attempt, Outcome, Place, outcomes, unfinished
 from tasks.collect.serve import Host
 from tasks.collect.session import Mode, Served, Session, Traffic
 from tasks.collect.store import CallStore
@@ -45,7 +46,9 @@ def test_another_sglang_goes_on_with_the_session_and_another_plan_does_not(tmp_p
     planned = session()
     same = planned.model_copy(update={"sglang": "0.5.18"})
     other = planned.model_copy(update={"page_size": 64})
+    told = planned.model_copy(update={"warnings": ("large",)})
     assert Place.of(tmp_path, planned).root == Place.of(tmp_path, same).root
+    assert Place.of(tmp_path, planned).root == Place.of(tmp_path, told).root
     assert Place.of(tmp_path, planned).root != Place.of(tmp_path, other).root
 
 
@@ -112,7 +115,7 @@ def test_damaged_attempts_are_named_and_cost_no_other(
     with pytest.raises(CollectError, match=r"bad-.*/attempts.json: .*remove the folder .*bad-"):
         bad.attempts()
     with caplog.at_level(logging.WARNING):
-        assert failures(tmp_path) == []
+        assert unfinished(tmp_path) == [(session("good"), None)]
     assert "attempts.json" in caplog.text
     said = list[str]()
     own = Place.of(tmp_path, session("own"))
@@ -244,6 +247,14 @@ def test_dumps_of_another_workspaces_killed_session_are_taken_over(
     assert list(memory.iterdir()) == []
     with CallStore(place.store) as store:
         assert len(store.calls()) == count
+
+
+def test_a_session_for_any_gpu_keeps_its_folder(tmp_path: Path) -> None:
+    content = session().model_dump_json(exclude={"sglang", "gpu", "warnings"})
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    assert Place.of(tmp_path, session()).root.name == f"s-{digest}"
+    newer = session().model_copy(update={"gpu": "SM100"})
+    assert Place.of(tmp_path, newer).root != Place.of(tmp_path, session()).root
 
 
 def test_another_plan_has_another_folder(tmp_path: Path) -> None:

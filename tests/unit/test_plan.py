@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,9 +22,10 @@ from tasks.collect.plan import (
     few_layers,
     plan_sessions,
     read_arguments,
+    shown,
 )
 from tasks.collect.request import parse_request
-from tasks.collect.session import Lengths, Traffic
+from tasks.collect.session import Lengths, Session, Traffic
 from tasks.discover.inventory import requirements
 from tasks.errors import CollectError, InputError
 from tasks.manifest import RunManifest
@@ -224,18 +226,126 @@ def test_a_flag_that_sglang_lacks_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"),
+    ("name", "override"),
     [
-        ("meta-llama--Meta-Llama-3.1-8B", 2),
-        ("deepseek-ai--DeepSeek-V3", 4),
-        # Its layers are listed, or nested in a multimodal config: all of them are served.
-        ("openai--gpt-oss-20b", None),
-        ("google--gemma-3-27b-it", None),
-        ("MiniMaxAI--MiniMax-M1-80k", None),
+        ("meta-llama--Meta-Llama-3.1-8B", {"num_hidden_layers": 2}),
+        ("deepseek-ai--DeepSeek-V3", {"num_hidden_layers": 4}),
+        (
+            "openai--gpt-oss-20b",
+            {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        (
+            "MiniMaxAI--MiniMax-M1-80k",
+            {"num_hidden_layers": 8, "attn_type_list": [0, 0, 0, 0, 0, 0, 0, 1]},
+        ),
+        (
+            "XiaomiMiMo--MiMo-V2-Flash",
+            {
+                "num_hidden_layers": 6,
+                "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0],
+                "moe_layer_freq": [0, 1, 1, 1, 1, 1],
+            },
+        ),
+        # The last entry is of the layer that predicts a second token.
+        (
+            "nvidia--DeepSeek-V4-Flash-NVFP4",
+            {"num_hidden_layers": 4, "compress_ratios": [0, 0, 4, 128, 0]},
+        ),
+        # SGLang takes the number of layers from the pattern.
+        (
+            "nvidia--Nemotron-H-56B-Base-8K",
+            {"num_hidden_layers": 8, "hybrid_override_pattern": "M-M-M-M*"},
+        ),
+        ("moonshotai--Kimi-K2.5", {"text_config": {"num_hidden_layers": 4}}),
+        (
+            "Qwen--Qwen3.5-35B-A3B",
+            {
+                "text_config": {
+                    "num_hidden_layers": 4,
+                    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+                }
+            },
+        ),
     ],
 )
-def test_few_layers_show_every_kind(name: str, layers: int | None) -> None:
-    assert few_layers(model_of(name)) == layers
+def test_few_layers_show_every_kind(name: str, override: dict[str, object]) -> None:
+    model = model_of(name)
+    calls = [s for s in sessions_of(model) if s.id.rpartition("-ps")[2].endswith("calls")]
+    assert calls
+    for session in calls:
+        assert json.loads(flags_of(session.flags)["--json-model-override-args"]) == override
+
+
+def sessions_of(model: ModelConfig, **wish: Any) -> list[Session]:
+    return plan_sessions(needed(model, 1), model, Wish("m", **wish), FLAGS, 141).sessions
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_few_layers_as_there_are_kinds(name: str) -> None:
+    model = model_of(name)
+    fewer = few_layers(model, dummies=True)
+    assert fewer is not None
+    assert fewer <= model.num_layers
+    for fact in ("mixers", "attention", "has_experts"):
+        kinds = [getattr(layer, fact) for layer in model.layers]
+        assert set(kinds[:fewer]) == set(kinds)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_calls_are_recorded_within_bounds(name: str) -> None:
+    model = model_of(name)
+    for session in sessions_of(model):
+        assert estimate(session, model).recorded_mb < 20_000
+        if session.mode == "decode" and "--json-model-override-args" not in session.flags:
+            assert f"all {model.num_layers} layers are recorded" in session.warnings[0]
+
+
+def test_a_model_whose_layers_cannot_be_left_out_is_served_briefly() -> None:
+    model = model_of("google--gemma-3-27b-it")
+    [calls] = [session for session in sessions_of(model) if "calls" in session.id]
+    assert calls.traffic.lengths == (Lengths(isl=4, osl=2),)
+    assert calls.traffic.batch_sizes == (1, 8, 32, 64)
+    assert calls.warnings == (
+        "all 62 layers are recorded, so of prompts of at most 4 tokens, at batch sizes 1, 8, 32, "
+        "64; SGLang loads fewer of this model with --server-flag='--load-format dummy' only",
+    )
+    for flags in (("--load-format", "dummy"), ("--load-format=dummy",)):
+        [calls] = [s for s in sessions_of(model, flags=flags) if "calls" in s.id]
+        override = json.loads(flags_of(calls.flags)["--json-model-override-args"])
+        assert override == {"text_config": {"num_hidden_layers": 4}}
+        assert calls.traffic.batch_sizes == Traffic().batch_sizes
+        assert calls.warnings == ()
+
+
+def test_what_was_asked_for_is_not_cut() -> None:
+    model = model_of("google--gemma-3-27b-it")
+    [calls] = [s for s in sessions_of(model, all_layers=True) if "calls" in s.id]
+    assert calls.traffic.lengths == (Lengths(isl=1024, osl=16),)
+    assert calls.warnings == ()
+
+
+def test_weights_that_do_not_fit_are_told() -> None:
+    model = model_of("deepseek-ai--DeepSeek-V3")
+    sessions = {session.id: session for session in sessions_of(model)}
+    assert sessions["tp1-ep1-ps1-paged-prefill"].warnings == (
+        "the weights take about 673 GB, and 1 GPU has 141 (gpu_memory_gb); its kernels are of no "
+        "larger tp",
+    )
+    assert sessions["tp1-ep1-ps1-calls-2"].warnings == ()  # few layers fit
+    shown_first = shown(sessions["tp1-ep1-ps1-paged-prefill"], model)
+    assert "673 GB" in shown_first["warnings"][0]
+    fitting = plan_sessions(needed(model, 8), model, Wish("m"), FLAGS, 141).sessions
+    assert not [session for session in fitting if session.warnings]
+
+
+def test_sessions_say_which_gpu_they_need() -> None:
+    model = model_of("Qwen--Qwen3-30B-A3B-FP8")
+    needs = {session.id: session.gpu for session in sessions_of(model)}
+    assert needs["tp1-ep1-ps1-calls"] == "SM100"
+    assert sorted(set(needs.values())) == ["", "SM100"]
+    for session in sessions_of(model):
+        moe = any(name.startswith("moe_") for name in session.definitions)
+        assert shown(session, model)["gpu"] == ("SM100" if moe else "")
 
 
 def test_a_flag_of_one_family_that_sglang_lacks_costs_only_that_family() -> None:
@@ -345,13 +455,64 @@ def test_an_estimate_counts_the_traffic() -> None:
 def test_server_arguments_are_split_and_ours_are_refused() -> None:
     given = ["--load-format dummy", "--json-model-override-args", "{}"]
     assert read_arguments(given) == ("--load-format", "dummy", "--json-model-override-args", "{}")
-    for text in ("--port 80", "--host=0.0.0.0", "--model-path /x", "--tp-size 4"):
-        with pytest.raises(InputError, match="decided by the session"):
-            read_arguments([text])
+    allowed = "--mem-fraction-static 0.5 --grammar-backend none --quantization fp8"
+    assert read_arguments([allowed, "--trust-remote-code"]) == (
+        *allowed.split(),
+        "--trust-remote-code",
+    )
+    # Some models need it said for each phase.
+    same = "--prefill-attention-backend flashinfer"
+    assert read_arguments([same]) == tuple(same.split())
     with pytest.raises(InputError, match="is no flag"):
         read_arguments(["dummy"])
     with pytest.raises(InputError, match="quotation"):
         read_arguments(["--name 'open"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("--port 80", "--host=0.0.0.0", "--model-path /x", "--tp-size 4", "--config x.yaml"),
+        *("--prefill-attention-backend fa3", "--decode-attention-backend=triton"),
+        *("--sampling-backend pytorch", "--attention-backend triton", "--disable-radix-cache"),
+        *("--max-running-requests 4", "--max-total-tokens 4096", "--enable-dp-attention"),
+        *("--cuda-graph-max-bs 8", "--enforce-piecewise-cuda-graph", "--api-key x"),
+    ],
+)
+def test_arguments_that_a_session_rests_on_are_refused(text: str) -> None:
+    name = re.split("[ =]", text)[0]
+    with pytest.raises(InputError, match=f"--server-flag: {name} is decided by the session: its"):
+        read_arguments(["--load-format dummy", text])
+
+
+def test_all_that_sessions_emit_is_theirs() -> None:
+    emitted = {
+        name
+        for model in map(model_of, CONFIGS)
+        for session in plan_sessions(needed(model, 1, 8, ep=8), model, Wish("m"), FLAGS).sessions
+        for name in flags_of(session.flags)
+    }
+    kernels_own = {
+        flag.partition(" ")[0]
+        for model in map(model_of, CONFIGS)
+        for spec in needed(model, 1, 8, ep=8)
+        if isinstance(api := ops.op_module(spec.op_type).provider(spec), FlashInferApi)
+        for flag in api.server_flags
+    }
+    for name in emitted - kernels_own - {"--json-model-override-args"}:
+        with pytest.raises(InputError, match="decided by the session"):
+            read_arguments([f"{name} 1"])
+
+
+def test_a_kernels_own_argument_is_not_overridden() -> None:
+    model = model_of("Qwen--Qwen3-30B-A3B-FP8")
+    other = ("--moe-runner-backend", "triton")
+    with pytest.raises(
+        InputError,
+        match="--server-flag: --moe-runner-backend is decided by the session: flashinfer_trtllm",
+    ):
+        sessions_of(model, flags=other)
+    assert sessions_of(model_of("Qwen--Qwen3-30B-A3B"), flags=other)
 
 
 def manifest_of(*specs: KernelSpec) -> RunManifest:
@@ -385,25 +546,42 @@ def test_a_request_names_the_kernels_that_are_not_done() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"isl": 5}, "isl and osl: give both or none"),
-        ({"dataset_kind": "sharegpt"}, "dataset_path: is for"),
+        ({"isl": 5}, "--isl, --osl: give both or none"),
+        ({"dataset_kind": "sharegpt"}, "--dataset-path: is for"),
         ({"dataset_kind": "poems"}, "--dataset-kind: "),
         ({"rounds": 0}, "--rounds: "),
+        ({"rounds": 10**12}, "--rounds: .* less than or equal to 1000"),
         ({"random_range_ratio": 0}, "--random-range-ratio: "),
         ({"max_workloads": 0}, "--max-workloads: "),
-        ({"nnodes": 2}, "dist_init_addr: missing"),
-        ({"nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"}, "node_rank: 2 is not one of 2"),
-        ({"node_rank": 5}, "node_rank: 5 is not one of 1"),
-        ({"dist_init_addr": "a:1"}, "dist_init_addr: is for several nodes"),
-        ({"dist_init_addr": "--foo", "nnodes": 2}, "dist_init_addr: '--foo' is not host:port"),
-        ({"dist_init_addr": "a:70000", "nnodes": 2}, "dist_init_addr: 'a:70000' is not host:port"),
-        ({"server_env": {"HF_TOKEN": "x"}}, "HF_TOKEN would be shown"),
-        ({"server_env": {"MYSECRET": "x"}}, "MYSECRET would be shown"),
+        ({"batch_sizes": (1, "x")}, "--batch-sizes: "),
+        ({"batch_sizes": (1, 0)}, "--batch-sizes: "),
+        ({"server_flags": (1,)}, "--server-flag: "),
+        ({"nnodes": 2}, "--dist-init-addr: missing"),
+        ({"nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"}, "--node-rank: 2 is not one of 2"),
+        ({"node_rank": 5}, "--node-rank: 5 is not one of 1"),
+        ({"dist_init_addr": "a:1"}, "--dist-init-addr: is for several nodes"),
+        ({"dist_init_addr": "--foo", "nnodes": 2}, "--dist-init-addr: '--foo' is not host:port"),
+        ({"dist_init_addr": "a:70000", "nnodes": 2}, "--dist-init-addr: 'a:70000' is not"),
+        ({"server_env": {"HF_TOKEN": "x"}}, "--server-env: HF_TOKEN would be shown"),
+        ({"server_env": {"MYSECRET": "x"}}, "--server-env: MYSECRET would be shown"),
+        *(
+            ({"server_env": {name: "x"}}, f"--server-env: {name} is decided by the session: it ")
+            for name in (
+                *("FLASHINFER_DUMP_DIR", "FLASHINFER_DUMP_INCLUDE", "FLASHINFER_LOGLEVEL"),
+                *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "SGLANG_FLASHINFER_USE_PAGED"),
+            )
+        ),
+        ({"server_env": {"PYTHONPATH": "/x"}}, "--server-env: PYTHONPATH .*: the server is found"),
     ],
 )
 def test_wrong_requests_name_the_option(fields: dict[str, object], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=f"^{said}"):
         parse_request(manifest=Path("m.json"), **fields)
+
+
+def test_other_variables_of_the_server_may_be_set() -> None:
+    env = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "FLASHINFER_WORKSPACE_BASE": "/x", "NCCL_DEBUG": "1"}
+    assert parse_request(manifest=Path("m.json"), server_env=env).server_env == env
 
 
 def changed(name: str, folder: Path, **fields: object) -> ModelConfig:

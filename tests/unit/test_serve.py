@@ -6,16 +6,18 @@ All are played at the start, side by side; what every test proves is read from w
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +32,8 @@ from pydantic import SecretStr
 from tasks.collect import serve as module
 from tasks.collect.dumps import CallLog
 from tasks.collect.failures import Kind
-from tasks.collect.live import session_table
+from tasks.collect.lease import lease
+from tasks.collect.live import served_calls, session_table
 from tasks.collect.place import Outcome, Place, outcomes
 from tasks.collect.plan import Wish, plan_sessions
 from tasks.collect.rows import find, form_of
@@ -88,7 +91,13 @@ serve(Path(sys.argv[1]), Session.model_validate_json(sys.argv[2]))
 """
 
 
-def serve(folder: Path, session: Session, say: Any = lambda _: None, **limits: Any) -> Outcome:
+def serve(
+    folder: Path,
+    session: Session,
+    say: Any = lambda _: None,
+    stopping: threading.Event | None = None,
+    **limits: Any,
+) -> Outcome:
     """Serve a session in a folder of its own, on a GPU of its own."""
     options = CollectSettings(
         incomplete_calls=True,  # no kernel runs here
@@ -98,7 +107,7 @@ def serve(folder: Path, session: Session, say: Any = lambda _: None, **limits: A
         stall_seconds=120,
     ).model_copy(update=limits)
     model = read_config(Path(session.model) / "config.json")
-    host = Host(options, SecretStr(SECRET))
+    host = Host(options, SecretStr(SECRET), stopping=stopping or threading.Event())
     return serve_session(session, model, folder / "sessions", host, say)
 
 
@@ -419,6 +428,27 @@ def play_hosts(root: Path) -> list[Stage]:
     return [ended, full]
 
 
+def play_keeper(root: Path) -> Stage:
+    """A session whose keeper is killed when the traffic begins."""
+    played = stage(root, "keeper", RAGGED, batch_sizes=(1,))
+
+    def kill(line: str) -> None:
+        played.hear(line)
+        if "ready, traffic begins" in line:
+            keeper_of(played).kill()
+
+    with suppress(SessionError):
+        serve(played.folder, played.session, kill)
+    until(lambda: not any(alive(process) for process in played.seen))
+    return played
+
+
+def keeper_of(played: Stage) -> psutil.Process:
+    """The keeper of the first launch."""
+    note = json.loads((played.place.logs(1) / "keeper.json").read_text())
+    return psutil.Process(note["pid"])
+
+
 def play_starts(root: Path) -> list[Stage]:
     """Servers that never come up."""
     flag = stage(root, "flag", RAGGED, fault="bad_flag")
@@ -438,6 +468,7 @@ PLAYS: tuple[Callable[[Path], Any], ...] = (
     play_triton,
     play_pattern,
     play_hosts,
+    play_keeper,
 )
 
 
@@ -660,10 +691,10 @@ def test_a_host_that_follows_the_first(plays: dict[str, Future[Any]]) -> None:
     outcome = check_complete(ended, 1)
     assert (outcome.session.tp, outcome.served.requests) == (2, 0)
     assert "host 2 of 2: how the traffic went is known on the first" in outcome.notes
-    command = next(each for each, _ in ended.shown if "sglang.launch_server" in each)
+    hosts = "--nnodes 2 --node-rank 1 --dist-init-addr 127.0.0.1:9"
+    command = next(each for each, _ in ended.shown if "launch_server" in each and hosts in each)
     assert "--tp-size 2" in command
-    hosts = r"--nnodes 2 --node-rank 1 --dist-init-addr 127\.0\.0\.1:9"
-    assert re.search(rf"{hosts} --host 127\.0\.0\.1 --port \d+$", command)
+    assert re.search(rf"{re.escape(hosts)} --host 127\.0\.0\.1 --port \d+$", command)
     assert ended.prompts() == [[11, 12, 13]]
     assert outcome.fired == {SPECS_RECORDED[RAGGED][0]: 1}
 
@@ -718,9 +749,108 @@ def test_traffic_that_cannot_be_made_costs_no_launch(tmp_path: Path) -> None:
     assert played.place.attempts() == []
 
 
-def test_without_a_gpu_nothing_starts(tmp_path: Path) -> None:
+def failed(played: Stage, expected: Kind, **limits: Any) -> str:
+    """Serve a session that fails before there is a server; return what is said of its kernel."""
+    with pytest.raises(CollectError) as caught:
+        serve(played.folder, played.session, played.hear, **limits)
+    (attempt,) = played.place.attempts()
+    assert attempt.failure is not None
+    assert attempt.failure.kind is expected
+    assert attempt.failure.reason in str(caught.value)
+    retried = isinstance(caught.value, SessionError) and caught.value.again
+    assert retried == attempt.failure.retryable
+    assert not attempt.dumps.exists()
+    return told_of(played)
+
+
+def told_of(played: Stage) -> str:
+    """What is said of the kernel of a session that is not complete."""
+    with pytest.raises(CollectError) as caught:
+        served_calls(played.folder / "sessions", RAGGED)
+    return str(caught.value)
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Stage:
+    """A session that is to be served."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    played = stage(tmp_path, "none", RAGGED)
-    with pytest.raises(CollectError, match="1 GPUs are asked for and there are 0"):
-        serve(played.folder, played.session, gpus=[])
-    check_nothing_left(played)
+    return stage(tmp_path, "none", RAGGED)
+
+
+def test_without_a_gpu_nothing_starts(waiting: Stage) -> None:
+    told = failed(waiting, Kind.NO_DEVICE, gpus=[])
+    assert "failed: no such GPU: 1 GPUs are asked for and there are 0" in told
+
+
+@contextmanager
+def held(played: Stage) -> Iterator[None]:
+    """Hold the GPU while the block runs."""
+    with lease(played.folder / "leases", ["0"], 1, on_wait=print, session="another"):
+        yield
+
+
+def test_gpus_that_are_not_free_in_time_are_a_failure(waiting: Stage) -> None:
+    with held(waiting):
+        told = failed(waiting, Kind.NOT_FREE, lease_seconds=0.1)
+    assert "failed: no GPU was free in time: gave up waiting for 1 of GPUs 0: GPU 0 is held" in told
+    assert "session another" in told
+
+
+def test_a_keeper_that_is_killed_while_it_waits_is_a_failure(waiting: Stage) -> None:
+    with held(waiting), pytest.raises(SessionError) as caught:
+        serve(waiting.folder, waiting.session, lambda _: keeper_of(waiting).kill())
+    assert (caught.value.failure.kind, caught.value.again) == (Kind.KILLED, True)
+    assert "failed: killed by a signal: the server's keeper died" in told_of(waiting)
+
+
+def test_a_keeper_that_is_killed_while_it_serves_is_a_failure(
+    plays: dict[str, Future[Any]],
+) -> None:
+    played: Stage = plays["keeper"].result()
+    assert played.seen
+    (attempt,) = played.place.attempts()
+    assert attempt.failure is not None
+    assert (attempt.failure.kind, attempt.failure.retryable) == (Kind.KILLED, True)
+    assert "failed: killed by a signal: ended by SIGKILL" in told_of(played)
+
+
+def test_a_launch_that_is_interrupted_has_not_failed(waiting: Stage) -> None:
+    stopping = threading.Event()
+    with held(waiting), pytest.raises(CollectError, match="stopped before") as caught:
+        serve(waiting.folder, waiting.session, lambda _: stopping.set(), stopping)
+    assert not isinstance(caught.value, SessionError)
+    assert [attempt.failure for attempt in waiting.place.attempts()] == [None]
+    assert "is not complete; onboard collect goes on with it" in told_of(waiting)
+
+
+def test_other_reasons_are_recorded_too(waiting: Stage) -> None:
+    """The lease's folder cannot be made; nothing of it is the server's."""
+    (waiting.folder / "file").touch()
+    told = failed(waiting, Kind.UNKNOWN, lease_dir=waiting.folder / "file" / "leases")
+    assert "file/leases: GPUs cannot be leased there" in told
+
+
+@pytest.mark.parametrize(
+    ("answer", "fails"),
+    [
+        ("echo 9.0; echo 9.0", True),
+        ("echo 9.0; echo 10.3", False),
+        ("echo 10.0", False),
+        ("echo '[N/A]'", False),
+        ("echo broken; exit 9", False),
+    ],
+)
+def test_kernels_of_newer_gpus_cost_no_start(
+    waiting: Stage, monkeypatch: pytest.MonkeyPatch, answer: str, fails: bool
+) -> None:
+    tool = waiting.folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(waiting.folder), prepend=os.pathsep)
+    waiting.session = waiting.session.model_copy(update={"gpu": "SM100"})
+    told = failed(waiting, Kind.UNSUPPORTED if fails else Kind.NO_DEVICE, gpus=[])
+    expected = (
+        "not supported: its kernels run on SM100 (compute capability 10.x) only, and this host's "
+        "GPUs are of 9.0"
+    )
+    assert (expected in told) == fails
