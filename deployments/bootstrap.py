@@ -31,6 +31,7 @@ from prefect.exceptions import ObjectNotFound
 
 ROOT = Path(__file__).resolve().parents[1]
 HF_TOKEN, NOTIFY = "hf-token", "gpu-failures"
+_OURS = [{"prefect.resource.id": "prefect.tag.onboard", "prefect.resource.role": "tag"}]
 _GPU = [{"prefect.resource.id": "prefect.tag.gpu", "prefect.resource.role": "tag"}]
 _FLOW_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
 _HEARTBEATS = timedelta(minutes=15)
@@ -176,12 +177,12 @@ def automations(notify: str | None) -> Iterator[AutomationCore]:
         notify: URL that is sent a message when a GPU run failed; without it nobody is told.
     """
     yield AutomationCore(
-        name="start crashed GPU runs again",
+        name="start crashed runs again",
         description="The run itself says how often is enough (collect.crashes).",
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
             match=_FLOW_RUN,
-            match_related=_GPU,
+            match_related=_OURS,
             posture=Posture.Reactive,
             threshold=1,
         ),

@@ -7,9 +7,12 @@ own page, retry button and state in the UI, and is waited for until it is final 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -70,17 +73,30 @@ def _plain(value: Any) -> Any:
 def _wait(client: SyncPrefectClient, child: FlowRun, crashes: int) -> State[Any]:
     crashed_at = None
     while True:
-        found = client.read_flow_run(child.id)
-        state = found.state
-        if state and state.is_crashed() and _crashes(client, found) <= crashes:
-            crashed_at = crashed_at or time.monotonic()
-            if time.monotonic() - crashed_at > _RESCUE_SECONDS:
-                client.set_flow_run_state(child.id, AwaitingRetry(), force=True)
-        elif state and (state.is_final() or state.is_paused()):
-            return state
-        else:
-            crashed_at = None
+        with _outages_tolerated():
+            found = client.read_flow_run(child.id)
+            state = found.state
+            if state and state.is_crashed() and _crashes(client, found) <= crashes:
+                crashed_at = crashed_at or time.monotonic()
+                if time.monotonic() - crashed_at > _RESCUE_SECONDS:
+                    client.set_flow_run_state(child.id, AwaitingRetry(), force=True)
+            elif state and (state.is_final() or state.is_paused()):
+                return state
+            else:
+                crashed_at = None
         time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def _outages_tolerated() -> Iterator[None]:
+    """Take it for a moment's trouble if the server is away, or has lost its database."""
+    try:
+        yield
+    except httpx.TransportError:
+        return
+    except httpx.HTTPStatusError as error:
+        if not error.response.is_server_error:
+            raise
 
 
 def _crashes(client: SyncPrefectClient, run: FlowRun) -> int:

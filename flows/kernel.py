@@ -12,6 +12,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from flows.dispatch import check_crashes
 from flows.gpu import evaluate
 from flows.reference import ask_for_reference
 from tasks import manifest, settings
@@ -48,6 +49,7 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]
         name: the kernel's definition name.
     """
     try:
+        check_crashes(request.workspace)
         _onboard(request, path, name)
     except Exception as error:
         known = isinstance(error, OnboardError)

@@ -19,7 +19,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel
 
 from flows.collect import serve_sessions
-from flows.dispatch import deployed, run_child
+from flows.dispatch import check_crashes, deployed, run_child
 from flows.gpu import serve_on_pool
 from flows.kernel import onboard_kernel, recorded_dumps
 from flows.outcome import ended
@@ -64,6 +64,7 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     Args:
         request: the model and what to do.
     """
+    check_crashes(request.workspace)
     shas = update_sources(request)
     today = dt.datetime.now(tz=dt.UTC).date()
     path = manifest.locate(request.workspace, request.model_name, request.hf_repo_id, today)
@@ -109,8 +110,13 @@ def start_kernel(request: OnboardRequest, path: Path, name: str) -> State[Any]:
     """Run `onboard-kernel`; this task ends in the state that run ended in."""
     labels = [f"model:{request.model_name}", f"kernel:{name}"]
     if deployed():
-        parameters = {"request": request, "path": path, "name": name}
-        return run_child("onboard-kernel", parameters, key=name, labels=labels)
+        return run_child(
+            "onboard-kernel",
+            {"request": request, "path": path, "name": name},
+            key=name,
+            labels=labels,
+            crashes=settings.load_settings(request.workspace).collect.crashes,
+        )
     with tags(*labels):
         return onboard_kernel(request, path, name, return_state=True)
 

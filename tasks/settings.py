@@ -54,7 +54,9 @@ class CollectSettings(BaseModel):
         "batch_sizes, isl, osl, rounds, model_path, server_flags.",
     )
     crashes: int = Field(
-        default=3, ge=0, description="How often a crashed run on the GPU work pool starts again."
+        default=3,
+        ge=0,
+        description="How often a run that crashed, with its container or host, starts again.",
     )
     python: Path | None = Field(
         default=None, description="Interpreter that SGLang is installed for; this one if not given."

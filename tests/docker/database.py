@@ -45,6 +45,18 @@ class Database:
         """Stop it at once, connections and all."""
         self._run("pg_ctl", "stop", "--mode=immediate", "--wait", "--pgdata", self._folder)
 
+    def megabytes(self) -> float:
+        """Return how large it is."""
+        command = ["psql", "-h", "127.0.0.1", "-p", str(self._port), "-U", _USER, "-At", "-c"]
+        query = "select sum(pg_database_size(oid)) from pg_database"
+        done = subprocess.run(
+            [str(self._programs / command[0]), *command[1:], query],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return float(done.stdout) / 1e6
+
     def _run(self, program: str, *arguments: str | Path) -> None:
         """Run one of its programs as its user: it refuses to be root."""
         with (self._folder.parent / f"{self._folder.name}.log").open("ab") as log:

@@ -47,6 +47,7 @@ class Prefect:
     password: str
     """What HTTP basic authentication wants, as `name:password`."""
     api: httpx.Client
+    server: Service
 
     @property
     def client_profile(self) -> Path:
@@ -132,6 +133,10 @@ class Prefect:
 
         return until(f"{' or '.join(names)} of run {run}", ask, seconds)
 
+    def run_count(self, run: str) -> int:
+        """Return how often a flow run was started."""
+        return int(self.api.get(f"/flow_runs/{run}").json()["run_count"])
+
     def history(self, run: str) -> list[str]:
         """Return the names of all states that a flow run was in."""
         states = self.api.get("/flow_run_states/", params={"flow_run_id": run}).json()
@@ -152,15 +157,15 @@ class Prefect:
         return "\n".join(line["message"] for line in self.post("/logs/filter", asked))
 
     @contextmanager
-    def worker(self, pool: str, kind: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+    def worker(self, pool: str, kind: str, **more: str) -> Iterator[Service]:
         """Run a worker of a pool while the block runs; its output goes to `worker-POOL.log`."""
         command = ("worker", "start", "--pool", pool, "--type", kind, "--name", f"{pool}-worker")
         with _running(
             [sys.executable, "-m", "prefect", *command],
             self.environment(PREFECT_WORKER_QUERY_SECONDS="1", **more),
             self.folder / f"worker-{pool}.log",
-        ) as process:
-            yield process
+        ) as service:
+            yield service
 
 
 @contextmanager
@@ -191,10 +196,12 @@ def prefect_server(folder: Path, database: str | None = None) -> Iterator[Prefec
     auth = httpx.BasicAuth(*password.split(":"))
     with (
         httpx.Client(base_url=url, auth=auth, timeout=10, trust_env=False) as api,
-        _running([sys.executable, "-m", "prefect", *start], environment, folder / "server.log"),
+        _running(
+            [sys.executable, "-m", "prefect", *start], environment, folder / "server.log"
+        ) as server,
     ):
         until("the Prefect server", lambda: api.get("/health").is_success)
-        yield Prefect(folder, url, password, api)
+        yield Prefect(folder, url, password, api, server)
 
 
 def template_for(folder: Path, pool: str, **defaults: Any) -> Path:
@@ -216,30 +223,55 @@ def _outside() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "ONBOARD_"))}
 
 
+class Service:
+    """A process that is started, taken away and started again."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+        self._command, self._environment, self._log = command, environment, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it."""
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._log.parent,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509  a test may end by a signal
+            )
+
+    def kill(self) -> None:
+        """Kill it, and nothing else: what it has started goes on."""
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End it as Ctrl-C does, and whatever it leaves."""
+        assert self._process
+        self._process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):  # a worker waits for its runs
+            self._process.wait(timeout=30)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
 @contextmanager
-def _running(
-    command: list[str], environment: Mapping[str, str], log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    with (
-        log.open("ab") as output,
-        subprocess.Popen(
-            command,
-            cwd=log.parent,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509  a test may end by a signal
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                with suppress(subprocess.TimeoutExpired):  # a worker waits for its runs
-                    process.wait(timeout=30)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+def _running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[Service]:
+    service = Service(command, environment, log)
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop()

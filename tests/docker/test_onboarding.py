@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ import pytest
 import tomli_w
 
 from tasks import files, manifest
+from tasks.collect.engine import read_served
+from tasks.collect.lease import lease
+from tasks.errors import CollectError
 from tests.conftest import DATA, copy_workspace
-from tests.docker.database import database, why_not
-from tests.docker.served import Prefect, prefect_server, until
+from tests.docker.database import Database, database, why_not
+from tests.docker.served import Prefect, Service, prefect_server, until
 
 pytestmark = [
     pytest.mark.docker,
@@ -34,6 +38,8 @@ DECODE = "gqa_paged_decode_h32_kv4_d128_ps1"
 RAGGED = "gqa_ragged_prefill_causal_h32_kv4_d128"
 NORM = "fused_add_rmsnorm_h2048"
 _SECONDS = 300.0
+PLANTED = {name: f"planted-{name}-{secrets.token_hex(12)}" for name in ("hub", "github")}
+"""Tokens that nothing may show: the Hub's is kept by the server, GitHub's the control worker's."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,12 @@ class House:
     """Server, pools, workers and a workspace that control and containers share."""
 
     prefect: Prefect
+    database: Database
+    control: Service
+    """The control pool's worker."""
     engine: docker.DockerClient
     workspace: Path
+    gpu_locks: Path
     label: str
     """Of its containers: others may be at work beside it."""
 
@@ -103,8 +113,8 @@ def house(
         "labels": {"onboard.test": folder.name},
     }
     with ExitStack() as stack:
-        store = stack.enter_context(database())
-        prefect = stack.enter_context(prefect_server(folder, store.url))
+        kept = stack.enter_context(database())
+        prefect = stack.enter_context(prefect_server(folder, kept.url))
         shutil.copy(prefect.client_profile, folder / "secrets" / "client.toml")
         for _ in range(2):  # the second time changes nothing
             subprocess.run(
@@ -114,14 +124,30 @@ def house(
                     *(f"--gpu-variable={k}={json.dumps(v)}" for k, v in variables.items()),
                     f"--control-variable=working_dir={ROOT}",
                 ],
-                env=prefect.environment(PYTHONPATH=str(ROOT)),
+                env=prefect.environment(PYTHONPATH=str(ROOT), HF_TOKEN=PLANTED["hub"]),
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
         results = {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "store" / "results")}
         stack.enter_context(prefect.worker("gpu", "docker", **results))
-        stack.enter_context(prefect.worker("control", "process", PYTHONPATH=str(ROOT), **results))
-        house = House(prefect, engine, workspace, f"onboard.test={folder.name}")
+        control = stack.enter_context(
+            prefect.worker(
+                "control",
+                "process",
+                PYTHONPATH=str(ROOT),
+                ONBOARD_GITHUB_TOKEN=PLANTED["github"],
+                **results,
+            )
+        )
+        house = House(
+            prefect=prefect,
+            database=kept,
+            control=control,
+            engine=engine,
+            workspace=workspace,
+            gpu_locks=folder / "gpu-locks",
+            label=f"onboard.test={folder.name}",
+        )
         try:
             yield house
         finally:
@@ -192,3 +218,112 @@ def test_collection_crashes_starts_again_fails_and_is_retried(house: House) -> N
     evaluated = {item["name"] for item in house.runs("evaluate-baseline")}
     assert evaluated == {f"evaluate {name}" for name in (DECODE, RAGGED, NORM)}
     until("the containers' removal", lambda: not house.containers())
+
+
+@pytest.mark.timeout(600)
+def test_cancelling_a_collection_stops_its_container_and_frees_the_gpu(house: House) -> None:
+    path = manifest.latest(house.workspace, SLUG)
+    request = {
+        "manifest": str(path),
+        "definitions": [DECODE],
+        "config": str(house.workspace / "model" / "config.json"),
+        "model_path": str(house.workspace / "model"),
+        "batch_sizes": [2],
+        "isl": 64,
+        "osl": 8,
+        "sessions_only": True,
+        "server_env": {"FAKE_SGLANG_FAULT": "hang_start"},
+    }
+    deployment = house.prefect.deployment("collect-workloads")
+    # Any parameter, and any variable of the pool, can be another for one run.
+    run = house.prefect.run(
+        deployment, parameters={"request": request}, job_variables={"shm_size": "128m"}
+    )
+    container = until("SGLang in a container", lambda: serving(house), _SECONDS)
+    assert container.attrs["HostConfig"]["ShmSize"] == 128 << 20
+    assert_nothing_planted(json.dumps([container.attrs, container.top(ps_args="-ef")]), house)
+    # What serves the model has the Hub's token, in its environment only, and no other.
+    code, environments = container.exec_run(["sh", "-c", "cat /proc/[0-9]*/environ"])
+    assert PLANTED["hub"].encode() in environments, code
+    assert PLANTED["github"].encode() not in environments
+    with pytest.raises(CollectError, match="gave up"), one_gpu(house):
+        pass
+    house.prefect.cancel(run)
+    house.prefect.wait(run, "Cancelled", seconds=_SECONDS)
+    until("the container's removal", lambda: not house.containers())
+    with one_gpu(house) as held:
+        assert held == ("0",)
+
+
+def assert_nothing_planted(text: str, house: House) -> None:
+    """Check that no token and no password is in a text."""
+    for secret in (*PLANTED.values(), house.prefect.password.partition(":")[2]):
+        assert secret not in text
+
+
+def one_gpu(house: House) -> AbstractContextManager[tuple[str, ...]]:
+    """Lease the GPU as another user of the host does."""
+    return lease(house.gpu_locks, ("0",), 1, on_wait=print, timeout=0.1)
+
+
+def answered(house: House) -> int:
+    """Return how many requests the session under way has had answered."""
+    found = (house.workspace / "collected" / SLUG / "sessions").glob("*/served.json")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    return read_served(newest).requests
+
+
+@pytest.mark.timeout(900)
+def test_outages_lose_nothing_and_repeat_nothing(house: House) -> None:
+    """The database, the server and a worker go away and come back while a model is served."""
+    earlier = {flow: len(house.runs(flow)) for flow in ("collect-workloads", "onboard-kernel")}
+    house.settings(batch_sizes=[1], rounds=200, osl=32)
+    parent = house.onboard(refresh=True)
+    until("SGLang in a container", lambda: serving(house), _SECONDS)
+    until("its traffic", lambda: answered(house) > 0, _SECONDS)
+    (*_, collection) = house.runs("collect-workloads")
+
+    def goes_on() -> None:
+        """Serving needs neither of them."""
+        before = answered(house)
+        until("more answers", lambda: answered(house) > before)
+
+    house.database.stop()
+    goes_on()
+    house.database.start()
+    house.prefect.server.kill()
+    goes_on()
+    house.prefect.server.start()
+    until("the server", lambda: house.prefect.api.get("/health").is_success)
+    house.control.kill()
+    house.control.start()
+
+    # The worker's own runs ended with it: they crashed, and go on.
+    state = house.prefect.wait(parent, "Completed", seconds=_SECONDS, restarts=True)
+    assert state["message"] == "14 existing, 3 published, 1 waiting"
+    assert house.prefect.run_count(collection["id"]) == 1
+    assert len(house.runs("collect-workloads")) == earlier["collect-workloads"] + 1
+    assert len(house.runs("onboard-kernel")) == earlier["onboard-kernel"] + 4
+
+
+def test_no_token_is_in_a_log_an_artifact_a_manifest_or_an_image(
+    house: House, worker_image: str
+) -> None:
+    """After everything above: it stands last."""
+    prefect = house.prefect
+    for path in ("/logs/filter", "/artifacts/filter", "/flow_runs/filter", "/deployments/filter"):
+        assert_nothing_planted(json.dumps(prefect.post(path, {})), house)
+    for name in ("gpu", "control"):
+        assert_nothing_planted(prefect.api.get(f"/work_pools/{name}").text, house)
+    secrets_kept = {"client.toml", "server.toml"}
+    looked_at = 0
+    for path in prefect.folder.rglob("*"):
+        if path.is_file() and path.name not in secrets_kept and ".git" not in path.parts:
+            assert_nothing_planted(path.read_bytes().decode(errors="replace"), house)
+            looked_at += 1
+    assert looked_at > 100
+    tail = b""
+    wanted = [secret.encode() for secret in PLANTED.values()]
+    for chunk in house.engine.images.get(worker_image).save():
+        assert not any(secret in tail + chunk for secret in wanted)
+        tail = chunk[-100:]
