@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import psutil
@@ -25,10 +24,11 @@ import psutil
 from tasks import git, manifest
 from tasks.manifest import DONE, KernelEntry, RunManifest
 from tests.docker.database import database, why_not
-from tests.docker.served import Prefect, prefect_server
+from tests.docker.served import prefect_server
 
 _AT_A_TIME = 8
 """Models side by side, as the control pool's queue lets."""
+_WAYS = ("bare Prefect", "this project")
 _STEPS = 2
 """Tasks of each kernel: collect, evaluate."""
 
@@ -52,31 +52,28 @@ class Cost(NamedTuple):
         )
 
 
-@contextmanager
-def server(folder: Path) -> Iterator[tuple[Prefect, Callable[[], float]]]:
-    """Run a server, and this process's Prefect with it; yields what tells its database's size."""
+def measured(what: str, folder: Path, asked: argparse.Namespace) -> Cost:
+    """Do one way's work in a process of its own, on a server of its own."""
+    folder.mkdir()
     with database() as store, prefect_server(folder, store.url) as prefect:
-        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-
-        with temporary_settings(
-            {PREFECT_API_URL: prefect.url, PREFECT_API_AUTH_STRING: prefect.password}
-        ):
-            yield prefect, store.megabytes
-
-
-def measured(folder: Path, work: Callable[[], None]) -> Cost:
-    """Do some work on a server of its own."""
-    with server(folder) as (prefect, megabytes):
         process = psutil.Process(prefect.server.pid)
-        before, cpu = megabytes(), sum(process.cpu_times()[:2])
-        started = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - started
+        before, cpu = store.megabytes(), sum(process.cpu_times()[:2])
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "tests.bench.scale", "--way", what),
+                *("--models", str(asked.models), "--kernels", str(asked.kernels)),
+                *("--folder", str(folder.parent / "workspace")),
+            ],
+            env=prefect.environment(PREFECT_LOGGING_LEVEL="CRITICAL"),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return Cost(
-            seconds,
+            float(done.stdout.splitlines()[-1]),
             sum(process.cpu_times()[:2]) - cpu,
             process.memory_info().rss / 1e6,
-            megabytes() - before,
+            store.megabytes() - before,
         )
 
 
@@ -162,28 +159,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--kernels", type=int, default=200)
+    parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.way:
+        started = time.perf_counter()
+        if asked.way == _WAYS[0]:
+            bare(asked.models, asked.kernels)
+        else:
+            onboarded(asked.folder, asked.models)
+        print(time.perf_counter() - started)
+        return
     if reason := why_not():
         parser.exit(1, f"{reason}\n")
-    os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"
     runs = asked.models * (1 + asked.kernels)
     print(f"{asked.models} models x {asked.kernels} kernels: {runs} flow runs, {_STEPS} tasks each")
-    costs: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory(prefix="onboard-bench-") as name:
         folder = Path(name)
         workspace(folder / "workspace", asked.models, asked.kernels)
-        works: dict[str, Callable[[], Any]] = {
-            "bare Prefect": lambda: bare(asked.models, asked.kernels),
-            "this project": lambda: onboarded(folder / "workspace", asked.models),
-        }
-        for what, work in works.items():
-            (folder / what).mkdir()
-            costs[what] = measured(folder / what, work)
-            print(costs[what].line(what, runs), flush=True)
-    one, other = costs["this project"], costs["bare Prefect"]
+        costs = []
+        for what in _WAYS:
+            costs.append(measured(what, folder / what, asked))
+            print(costs[-1].line(what, runs), flush=True)
+    other, one = costs
     print(
         f"this project / bare Prefect: {one.seconds / other.seconds:.2f} of the time, "
-        f"{one.grown_mb / other.grown_mb:.2f} of the database"
+        f"{one.grown_mb - other.grown_mb:+.1f} MB in the database"
     )
 
 

@@ -59,6 +59,7 @@ class Prefect:
         return {
             **_outside(),
             "PREFECT_API_URL": self.url,
+            "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # as compose.yaml: a lost database
             "PREFECT_HOME": str(self.folder / "home"),
             "PREFECT_PROFILES_PATH": str(self.client_profile),
             **more,
@@ -132,10 +133,6 @@ class Prefect:
             return None
 
         return until(f"{' or '.join(names)} of run {run}", ask, seconds)
-
-    def run_count(self, run: str) -> int:
-        """Return how often a flow run was started."""
-        return int(self.api.get(f"/flow_runs/{run}").json()["run_count"])
 
     def history(self, run: str) -> list[str]:
         """Return the names of all states that a flow run was in."""
@@ -224,7 +221,7 @@ def _outside() -> dict[str, str]:
 
 
 class Service:
-    """A process that is started, taken away and started again."""
+    """A process that ends with the test."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
         self._command, self._environment, self._log = command, environment, log
@@ -249,12 +246,6 @@ class Service:
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509  a test may end by a signal
             )
-
-    def kill(self) -> None:
-        """Kill it, and nothing else: what it has started goes on."""
-        assert self._process
-        self._process.kill()
-        self._process.wait()
 
     def stop(self) -> None:
         """End it as Ctrl-C does, and whatever it leaves."""

@@ -19,12 +19,11 @@ import pytest
 import tomli_w
 
 from tasks import files, manifest
-from tasks.collect.engine import read_served
 from tasks.collect.lease import lease
 from tasks.errors import CollectError
 from tests.conftest import DATA, copy_workspace
-from tests.docker.database import Database, database, why_not
-from tests.docker.served import Prefect, Service, prefect_server, until
+from tests.docker.database import database, why_not
+from tests.docker.served import Prefect, prefect_server, until
 
 pytestmark = [
     pytest.mark.docker,
@@ -47,9 +46,6 @@ class House:
     """Server, pools, workers and a workspace that control and containers share."""
 
     prefect: Prefect
-    database: Database
-    control: Service
-    """The control pool's worker."""
     engine: docker.DockerClient
     workspace: Path
     gpu_locks: Path
@@ -130,7 +126,7 @@ def house(
             )
         results = {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "store" / "results")}
         stack.enter_context(prefect.worker("gpu", "docker", **results))
-        control = stack.enter_context(
+        stack.enter_context(
             prefect.worker(
                 "control",
                 "process",
@@ -141,8 +137,6 @@ def house(
         )
         house = House(
             prefect=prefect,
-            database=kept,
-            control=control,
             engine=engine,
             workspace=workspace,
             gpu_locks=folder / "gpu-locks",
@@ -264,46 +258,6 @@ def assert_nothing_planted(text: str, house: House) -> None:
 def one_gpu(house: House) -> AbstractContextManager[tuple[str, ...]]:
     """Lease the GPU as another user of the host does."""
     return lease(house.gpu_locks, ("0",), 1, on_wait=print, timeout=0.1)
-
-
-def answered(house: House) -> int:
-    """Return how many requests the session under way has had answered."""
-    found = (house.workspace / "collected" / SLUG / "sessions").glob("*/served.json")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    return read_served(newest).requests
-
-
-@pytest.mark.timeout(900)
-def test_outages_lose_nothing_and_repeat_nothing(house: House) -> None:
-    """The database, the server and a worker go away and come back while a model is served."""
-    earlier = {flow: len(house.runs(flow)) for flow in ("collect-workloads", "onboard-kernel")}
-    house.settings(batch_sizes=[1], rounds=200, osl=32)
-    parent = house.onboard(refresh=True)
-    until("SGLang in a container", lambda: serving(house), _SECONDS)
-    until("its traffic", lambda: answered(house) > 0, _SECONDS)
-    (*_, collection) = house.runs("collect-workloads")
-
-    def goes_on() -> None:
-        """Serving needs neither of them."""
-        before = answered(house)
-        until("more answers", lambda: answered(house) > before)
-
-    house.database.stop()
-    goes_on()
-    house.database.start()
-    house.prefect.server.kill()
-    goes_on()
-    house.prefect.server.start()
-    until("the server", lambda: house.prefect.api.get("/health").is_success)
-    house.control.kill()
-    house.control.start()
-
-    # The worker's own runs ended with it: they crashed, and go on.
-    state = house.prefect.wait(parent, "Completed", seconds=_SECONDS, restarts=True)
-    assert state["message"] == "14 existing, 3 published, 1 waiting"
-    assert house.prefect.run_count(collection["id"]) == 1
-    assert len(house.runs("collect-workloads")) == earlier["collect-workloads"] + 1
-    assert len(house.runs("onboard-kernel")) == earlier["onboard-kernel"] + 4
 
 
 def test_no_token_is_in_a_log_an_artifact_a_manifest_or_an_image(
