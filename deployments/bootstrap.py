@@ -29,8 +29,10 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
+from tasks.settings import HF_TOKEN_BLOCK
+
 ROOT = Path(__file__).resolve().parents[1]
-HF_TOKEN, NOTIFY = "hf-token", "gpu-failures"
+NOTIFY = "gpu-failures"
 _OURS = [{"prefect.resource.id": "prefect.tag.onboard", "prefect.resource.role": "tag"}]
 _GPU = [{"prefect.resource.id": "prefect.tag.gpu", "prefect.resource.role": "tag"}]
 _FLOW_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
@@ -164,10 +166,10 @@ def deploy() -> None:
 def keep_token(token: str | None) -> None:
     """Keep the Hub's token for those who serve models; its value is shown nowhere."""
     if token is None:
-        say(f"secret {HF_TOKEN}: left as it is (HF_TOKEN is not set)")
+        say(f"secret {HF_TOKEN_BLOCK}: left as it is (HF_TOKEN is not set)")
         return
-    Secret(value=token).save(HF_TOKEN, overwrite=True)
-    say(f"secret {HF_TOKEN}: kept")
+    Secret(value=token).save(HF_TOKEN_BLOCK, overwrite=True)
+    say(f"secret {HF_TOKEN_BLOCK}: kept")
 
 
 def automations(notify: str | None) -> Iterator[AutomationCore]:

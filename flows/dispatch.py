@@ -49,19 +49,31 @@ def run_child(
         labels: tags of the run, besides the deployment's.
         crashes: how often the child starts again by itself after a crash.
     """
-    created = run_deployment(
-        f"{name}/{name}",
-        parameters={field: _plain(value) for field, value in parameters.items()},
-        tags=labels,
-        idempotency_key=f"{flow_run.id}:{name}:{key}",
-        as_subflow=False,  # Prefect cannot suspend subflows
-        timeout=0,
-    )
-    child = cast("FlowRun", created)  # a coroutine only where there is an event loop
+    child = start_run(name, parameters, key=f"{flow_run.id}:{name}:{key}", labels=labels)
     with get_client(sync_client=True) as client:
         if child.state and child.state.type in {StateType.FAILED, StateType.CRASHED}:
             client.set_flow_run_state(child.id, AwaitingRetry(), force=True)
         return _wait(client, child, crashes)
+
+
+def start_run(name: str, parameters: dict[str, Any], *, key: str, labels: list[str]) -> FlowRun:
+    """Start the deployment of a flow, which nobody waits for; return its run.
+
+    Args:
+        name: of the flow, and of its deployment.
+        parameters: of the flow; models are sent as JSON has them.
+        key: what the same start has and no other: it finds the run that was started.
+        labels: tags of the run, besides the deployment's.
+    """
+    created = run_deployment(
+        f"{name}/{name}",
+        parameters={field: _plain(value) for field, value in parameters.items()},
+        tags=labels,
+        idempotency_key=key,
+        as_subflow=False,  # Prefect cannot suspend subflows
+        timeout=0,
+    )
+    return cast("FlowRun", created)  # a coroutine only where there is an event loop
 
 
 def _plain(value: Any) -> Any:

@@ -7,16 +7,15 @@ or a night after an interrupted one, finds the runs that were started and starts
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
-from prefect.client.schemas.objects import FlowRun, State
-from prefect.deployments import run_deployment
+from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.dispatch import deployed
+from flows.dispatch import deployed, start_run
 from flows.sources import update_all
 from tasks import settings
 from tasks.discover.candidates import Candidate, discover
@@ -135,15 +134,8 @@ def start_model(request: OnboardRequest, sglang: str) -> str:
         request: the model.
         sglang: SGLang's commit.
     """
-    created = run_deployment(
-        "onboard-model/onboard-model",
-        parameters={"request": request.model_dump(mode="json")},
-        tags=["nightly", f"model:{request.model_name}"],
-        idempotency_key=f"{request.model_name}@{sglang}",
-        as_subflow=False,
-        timeout=0,
-    )
-    return str(cast("FlowRun", created).id)  # a coroutine only where there is an event loop
+    key, labels = f"{request.model_name}@{sglang}", ["nightly", f"model:{request.model_name}"]
+    return str(start_run("onboard-model", {"request": request}, key=key, labels=labels).id)
 
 
 def show(wanted: dict[str, Candidate], night: Night) -> None:

@@ -159,13 +159,11 @@ def update_sources(request: OnboardRequest) -> dict[str, str]:
         InputError: phase 0 is not wanted and a clone is missing.
     """
     options = settings.load_settings(request.workspace)
-    names = list(PHASE0)
-    if 4 in request.phases and request.submit_prs:
-        names.append("flashinfer_bench")
+    more = ["flashinfer_bench"] if 4 in request.phases and request.submit_prs else []
     if 0 in request.phases:
-        shas = update_all(request.workspace, names[len(PHASE0) :])
+        shas = update_all(request.workspace, more)
     else:
-        clones = {name: in_hand(name, options.clone(name)) for name in names}
+        clones = {name: in_hand(name, options.clone(name)) for name in (*PHASE0, *more)}
         missing = sorted(name for name, checkout in clones.items() if checkout is None)
         if missing:
             raise InputError(

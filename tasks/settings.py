@@ -20,6 +20,9 @@ from pydantic_settings import (
 
 from tasks.errors import InputError
 
+HF_TOKEN_BLOCK = "hf-token"  # noqa: S105  its name, not its value
+"""The Prefect server's Secret block with the Hub's token."""
+
 
 class Remotes(BaseModel):
     """Git remotes, each any git URL or a local path."""

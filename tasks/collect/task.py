@@ -37,7 +37,6 @@ from tasks.step import step
 _RETRIES = 12
 """More than the adjustments that a session goes through before it gives up."""
 _PROGRESS_SECONDS = 5
-_HF_TOKEN = "hf-token"  # noqa: S105  the Secret block's name
 _stopping = threading.Event()
 
 
@@ -92,7 +91,7 @@ def collect_session(
 def _kept_token() -> SecretStr | None:
     """Return the Hub's token that the Prefect server keeps, if it keeps one."""
     try:
-        kept = cast("Secret[str]", Secret.load(_HF_TOKEN))
+        kept = cast("Secret[str]", Secret.load(settings.HF_TOKEN_BLOCK))
     except ValueError:  # there is no such block
         return None
     return SecretStr(kept.get())
