@@ -35,6 +35,7 @@ from tasks.errors import InputError, OnboardError
 from tasks.manifest import RunManifest
 from tasks.model import ModelConfig, read_config
 from tasks.request import REPOSITORY
+from tasks.step import artifact_key
 
 
 class Collection(BaseModel):
@@ -194,6 +195,6 @@ def _known_config(run: RunManifest, cache: Path) -> ModelConfig | None:
 
 def show_sessions(slug: str, outcomes: list[Outcome]) -> None:
     """Show what sessions came to, as an artifact."""
-    key = "".join(c if c.isalnum() else "-" for c in slug.lower()).strip("-")
+    key = artifact_key("sessions", slug)
     table: list[dict[str, Any]] = [dict(row) for row in live.session_table(outcomes)]
-    create_table_artifact(key=f"sessions-{key}", table=table, description="Serving sessions")
+    create_table_artifact(key=key, table=table, description="Serving sessions")

@@ -7,7 +7,6 @@ by side. The report at the end has every kernel's state; the run fails only if a
 from __future__ import annotations
 
 import datetime as dt
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +31,7 @@ from tasks.discover.task import discover_kernels
 from tasks.errors import InputError, OnboardError
 from tasks.repos.clone import PHASE0, in_hand
 from tasks.request import OnboardRequest, Step, remaining_steps
+from tasks.step import artifact_key
 
 
 class Outcome(BaseModel):
@@ -177,13 +177,15 @@ def update_sources(request: OnboardRequest) -> dict[str, str]:
 def report(path: Path) -> Report:
     """Write the artifacts and return the report they were made of."""
     result = Report(manifest.load(path), path)
-    key = re.sub(r"[^a-z0-9]+", "-", result.run.model_slug.lower()).strip("-")
+    slug = result.run.model_slug
     create_table_artifact(
-        key=f"inventory-{key}",
+        key=artifact_key("inventory", slug),
         table=result.inventory(),
-        description=f"Kernels of {result.run.model_slug}",
+        description=f"Kernels of {slug}",
     )
     create_markdown_artifact(
-        key=f"report-{key}", markdown=result.markdown(), description="Where every kernel stands"
+        key=artifact_key("report", slug),
+        markdown=result.markdown(),
+        description="Where every kernel stands",
     )
     return result

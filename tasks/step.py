@@ -9,6 +9,7 @@ the manifest instead.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -83,6 +84,11 @@ def step(
         )(timed)
 
     return decorate
+
+
+def artifact_key(*parts: str) -> str:
+    """Return an artifact's key made of names: Prefect takes lower-case letters, digits, dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def phase_seconds() -> dict[int, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Session
 from tasks.manifest import DONE
 from tasks.model import read_config
-from tasks.step import step
+from tasks.step import artifact_key, step
 
 _RETRIES = 12
 """More than the adjustments that a session goes through before it gives up."""
@@ -100,7 +99,7 @@ def _kept_token() -> SecretStr | None:
 @contextmanager
 def _progress_shown(session: Session, place: Place) -> Iterator[None]:
     """Show in an artifact, while the block runs, how much of a session's traffic was answered."""
-    key = re.sub(r"[^a-z0-9]+", "-", f"progress-{place.root.name.lower()}")
+    key = artifact_key("progress", place.root.name)
     shown = create_progress_artifact(0.0, key=key, description=f"Requests of {session.id}")
     expected = session.traffic.requests
     over = threading.Event()
@@ -196,7 +195,7 @@ def _show(name: str, picture: Path, found: Realism) -> None:
     """Show how real a definition's rows look, as an artifact."""
     image = base64.b64encode(picture.read_bytes()).decode()
     create_markdown_artifact(
-        key=f"realism-{name.replace('_', '-')}",
+        key=artifact_key("realism", name),
         markdown=f"![Batch sizes and KV lengths](data:image/png;base64,{image})\n\n"
         f"{found.markdown()}",
         description="How real the collected workloads look",
