@@ -16,9 +16,9 @@ demo: $(READY)
 	@echo
 	@echo "What was published: git -C $(DEMO)/outbox log; once more: .venv/bin/onboard status --workspace $(DEMO)"
 
-# Files of tests side by side, one per core.
+# Files of tests side by side, one per core; in their order, which has the slowest first.
 test: $(READY)
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,5 +55,5 @@ clean:
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench,server,test]'
 	touch $@

@@ -36,8 +36,9 @@ NOTIFY = "gpu-failures"
 _OURS = [{"prefect.resource.id": "prefect.tag.onboard", "prefect.resource.role": "tag"}]
 _GPU = [{"prefect.resource.id": "prefect.tag.gpu", "prefect.resource.role": "tag"}]
 _FLOW_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
-_HEARTBEATS = timedelta(minutes=15)
-"""A run whose heartbeats (every three minutes) stay away for so long has lost its host."""
+_SETTLED = timedelta(seconds=20)
+"""A process worker reports a killed run twice, some seconds apart: the second report would crash a
+run that was started again at once."""
 
 
 def main(
@@ -57,6 +58,15 @@ def main(
     control_runs: Annotated[
         int, typer.Option(min=2, help="Runs at a time that need no GPU; models and kernels.")
     ] = 32,
+    lost_after: Annotated[
+        float,
+        typer.Option(
+            min=1.5,
+            metavar="MINUTES",
+            help="A run without heartbeats (one a minute) for so long has lost its host. More than "
+            "the server may be away.",
+        ),
+    ] = 15.0,
     gpu_variable: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,14 +89,16 @@ def main(
         make_pool(client, "gpu", "docker", template(home, "gpu", gpu), gpu_runs)
         make_pool(client, "control", "process", template(home, "control", control), control_runs)
         # A model waits for its kernels: they have a queue of their own, and models a part of the
-        # pool only, or models alone could fill it.
+        # pool only, or models alone could fill it. The night waits for neither.
         make_queue(client, "control", "default", max(1, control_runs // 4))
         make_queue(client, "control", "kernels", None)
+        make_queue(client, "control", "schedules", 2)
     if only_pools:
         return
     deploy()
     keep_token(os.environ.get("HF_TOKEN"))
-    for automation in automations(os.environ.get("ONBOARD_NOTIFY_URL")):
+    lost = timedelta(minutes=lost_after)
+    for automation in automations(lost, os.environ.get("ONBOARD_NOTIFY_URL")):
         keep(automation)
 
 
@@ -172,21 +184,25 @@ def keep_token(token: str | None) -> None:
     say(f"secret {HF_TOKEN_BLOCK}: kept")
 
 
-def automations(notify: str | None) -> Iterator[AutomationCore]:
+def automations(lost: timedelta, notify: str | None) -> Iterator[AutomationCore]:
     """Yield the automations.
 
     Args:
+        lost: how long heartbeats stay away from a run whose host is gone.
         notify: URL that is sent a message when a GPU run failed; without it nobody is told.
     """
     yield AutomationCore(
         name="start crashed runs again",
         description="The run itself says how often is enough (collect.crashes).",
         trigger=EventTrigger(
-            expect={"prefect.flow-run.Crashed"},
+            after={"prefect.flow-run.Crashed"},
+            expect={f"prefect.flow-run.{name}" for name in _GOES_ON},
             match=_FLOW_RUN,
             match_related=_OURS,
-            posture=Posture.Reactive,
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
             threshold=1,
+            within=_SETTLED,
         ),
         actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry")],
     )
@@ -194,7 +210,7 @@ def automations(notify: str | None) -> Iterator[AutomationCore]:
         name="crash runs whose host is gone",
         description="Their heartbeats have stayed away.",
         trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
+            after={"prefect.flow-run.heartbeat", "prefect.flow-run.Running"},
             expect={
                 "prefect.flow-run.heartbeat",
                 *(f"prefect.flow-run.{name}" for name in _ENDS),
@@ -203,7 +219,7 @@ def automations(notify: str | None) -> Iterator[AutomationCore]:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=_HEARTBEATS,
+            within=lost,
         ),
         actions=[
             ChangeFlowRunState(
@@ -236,6 +252,7 @@ def automations(notify: str | None) -> Iterator[AutomationCore]:
     )
 
 
+_GOES_ON = ("AwaitingRetry", "Scheduled", "Pending", "Running")
 _ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused", "AwaitingRetry")
 
 

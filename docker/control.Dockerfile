@@ -21,15 +21,12 @@ RUN useradd --uid ${USER_ID} --create-home --no-log-init onboard
 ENV PATH=/opt/venv/bin:${PATH}
 WORKDIR /opt/app
 COPY pyproject.toml constraints.txt docker/requirements.py ./
-ARG EXTRAS=bench
-# What lets a Prefect server and its services be two processes; not among what tests need.
-ARG PREFECT_REDIS_VERSION=0.3.0
+ARG EXTRAS=bench,server
 # Index of a torch without CUDA, which is much smaller.
 ARG TORCH_INDEX
 ARG PIP_NO_INDEX
 RUN python3 -m venv /opt/venv \
-    && python3 requirements.py pyproject.toml "${EXTRAS}" \
-        prefect-redis==${PREFECT_REDIS_VERSION} > requirements.txt \
+    && python3 requirements.py pyproject.toml "${EXTRAS}" > requirements.txt \
     && pip install --no-cache-dir --disable-pip-version-check \
         ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
         --constraint constraints.txt --requirement requirements.txt

@@ -34,8 +34,8 @@ from tasks.discover.sources import SglangIndex, cached, index_sglang, revision
 from tasks.errors import InputError, OnboardError
 from tasks.manifest import RunManifest
 from tasks.model import ModelConfig, read_config
-from tasks.request import REPOSITORY
-from tasks.step import artifact_key
+from tasks.settings import REPOSITORY
+from tasks.step import artifact_key, only_shown
 
 
 class Collection(BaseModel):
@@ -71,7 +71,7 @@ class ServedSessions(NamedTuple):
 
 @flow(
     name="collect-workloads",
-    flow_run_name="collect {request.manifest.stem}",
+    flow_run_name="collect {request.model_slug}",
     description=(
         "Serve a model on GPUs and turn the FlashInfer calls that it makes into workloads: its "
         "sessions first, then the rows and the baseline of every definition. Running it again "
@@ -101,7 +101,8 @@ def collect_workloads(request: CollectRequest) -> State[Collection]:
         except Exception as error:  # a definition's failure stops no other
             found.failed[name] = reason_of(error)
             manifest.record_error(request.manifest, name, found.failed[name])
-    return ended(found.counts, found, failed=bool(found.failed))
+    why = next((f"; {name}: {reason}" for name, reason in found.failed.items()), "")
+    return ended(found.counts + why, found, failed=bool(found.failed))
 
 
 def serve_sessions(request: CollectRequest) -> ServedSessions:
@@ -197,4 +198,5 @@ def show_sessions(slug: str, outcomes: list[Outcome]) -> None:
     """Show what sessions came to, as an artifact."""
     key = artifact_key("sessions", slug)
     table: list[dict[str, Any]] = [dict(row) for row in live.session_table(outcomes)]
-    create_table_artifact(key=key, table=table, description="Serving sessions")
+    with only_shown():
+        create_table_artifact(key=key, table=table, description="Serving sessions")

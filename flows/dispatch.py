@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
-from prefect import get_client
+from prefect import get_client, get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.runtime import deployment, flow_run
 from prefect.states import AwaitingRetry
+from prefect.utilities.urls import url_for
 from pydantic import BaseModel
 
 from tasks import settings
 from tasks.errors import CollectError
 
-_POLL_SECONDS = 2
-_RESCUE_SECONDS = 30
+_POLL_SECONDS = (1.0, 15.0)
+"""Between two looks at a child: at first, and in the end. A hundred models wait for hours."""
+_SLOWER = 1.1
+_RESCUE_SECONDS = 90
 """How long a crashed run is left to the automation, before its parent starts it again."""
 _ENDS = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED}
 
@@ -35,8 +38,20 @@ def deployed() -> bool:
     return bool(deployment.id)
 
 
+def tag_run(*labels: str) -> None:
+    """Add tags to this run, by which it is found; whoever started it need not know them."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run.id, tags={*flow_run.tags, *labels})
+
+
 def run_child(
-    name: str, parameters: dict[str, Any], *, key: str, labels: list[str], crashes: int = 0
+    name: str,
+    parameters: dict[str, Any],
+    *,
+    key: str,
+    labels: list[str],
+    title: str,
+    crashes: int = 0,
 ) -> State[Any]:
     """Run the deployment of a child flow and return the state in which it ended or was paused.
 
@@ -47,16 +62,23 @@ def run_child(
         parameters: of the flow; models are sent as JSON has them.
         key: what tells this child from the parent's others.
         labels: tags of the run, besides the deployment's.
+        title: name of the run until it starts.
         crashes: how often the child starts again by itself after a crash.
     """
-    child = start_run(name, parameters, key=f"{flow_run.id}:{name}:{key}", labels=labels)
+    whole = f"{flow_run.id}:{name}:{key}"
+    child = start_run(name, parameters, key=whole, labels=labels, title=title)
+    get_run_logger().info("%s: %s", child.name, url_for(child))
     with get_client(sync_client=True) as client:
         if child.state and child.state.type in {StateType.FAILED, StateType.CRASHED}:
             client.set_flow_run_state(child.id, AwaitingRetry(), force=True)
-        return _wait(client, child, crashes)
+        state = _wait(client, child, crashes)
+    # Without its details, by which Prefect would take it for what this run came to.
+    return State(type=state.type, name=state.name, message=state.message)
 
 
-def start_run(name: str, parameters: dict[str, Any], *, key: str, labels: list[str]) -> FlowRun:
+def start_run(
+    name: str, parameters: dict[str, Any], *, key: str, labels: list[str], title: str
+) -> FlowRun:
     """Start the deployment of a flow, which nobody waits for; return its run.
 
     Args:
@@ -64,11 +86,13 @@ def start_run(name: str, parameters: dict[str, Any], *, key: str, labels: list[s
         parameters: of the flow; models are sent as JSON has them.
         key: what the same start has and no other: it finds the run that was started.
         labels: tags of the run, besides the deployment's.
+        title: name of the run until it starts.
     """
     created = run_deployment(
         f"{name}/{name}",
         parameters={field: _plain(value) for field, value in parameters.items()},
         tags=labels,
+        flow_run_name=title,
         idempotency_key=key,
         as_subflow=False,  # Prefect cannot suspend subflows
         timeout=0,
@@ -78,12 +102,13 @@ def start_run(name: str, parameters: dict[str, Any], *, key: str, labels: list[s
 
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", exclude_none=True)
     return str(value) if isinstance(value, Path) else value
 
 
 def _wait(client: SyncPrefectClient, child: FlowRun, crashes: int) -> State[Any]:
     crashed_at = None
+    pause, longest = _POLL_SECONDS
     while True:
         with _outages_tolerated():
             found = client.read_flow_run(child.id)
@@ -96,7 +121,8 @@ def _wait(client: SyncPrefectClient, child: FlowRun, crashes: int) -> State[Any]
                 return state
             else:
                 crashed_at = None
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(longest, _SLOWER * pause)
 
 
 @contextmanager
@@ -114,11 +140,12 @@ def _outages_tolerated() -> Iterator[None]:
 def _crashes(client: SyncPrefectClient, run: FlowRun) -> int:
     """Return how often a run has crashed since it last ended in another way."""
     states = sorted(client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
-    count = 0
+    count, before = 0, False
     for state in states:
-        if state.is_crashed():
-            count += 1
-        elif state.type in _ENDS:
+        # A worker may report one crash twice.
+        count += state.is_crashed() and not before
+        before = state.is_crashed()
+        if state.type in _ENDS:
             count = 0
     return count
 

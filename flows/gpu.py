@@ -51,7 +51,12 @@ def serve_on_pool(request: CollectRequest, model: str) -> None:
     crashes = settings.load_settings(request.manifest.parent).collect.crashes
     labels = ["gpu", f"model:{model}"]
     state = run_child(
-        "collect-workloads", {"request": request}, key=model, labels=labels, crashes=crashes
+        "collect-workloads",
+        {"request": request},
+        key=model,
+        labels=labels,
+        title=f"collect {model}",
+        crashes=crashes,
     )
     _check(state, "collect-workloads")
 
@@ -75,7 +80,12 @@ def evaluate_on_pool(request: OnboardRequest, path: Path, name: str) -> None:
     crashes = settings.load_settings(path.parent).collect.crashes
     labels = ["gpu", f"model:{request.model_name}", f"kernel:{name}"]
     state = run_child(
-        "evaluate-baseline", {"path": path, "name": name}, key=name, labels=labels, crashes=crashes
+        "evaluate-baseline",
+        {"path": path, "name": name},
+        key=name,
+        labels=labels,
+        title=f"evaluate {name}",
+        crashes=crashes,
     )
     _check(state, "evaluate-baseline")
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.dispatch import check_crashes
 from flows.gpu import evaluate
 from flows.reference import ask_for_reference
+from flows.report import Report
 from tasks import manifest, settings
 from tasks.collect.task import collect
 from tasks.define.task import define
@@ -28,6 +30,7 @@ from tasks.publish.task import (
     request_template,
 )
 from tasks.request import OnboardRequest, Step, remaining_steps
+from tasks.step import artifact_key, only_shown
 
 
 @flow(
@@ -55,12 +58,17 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]
         known = isinstance(error, OnboardError)
         message = str(error) if known else f"unexpected {type(error).__name__}: {error}"
         manifest.record_error(path, name, message)
+        show(path, name)
         raise
+    show(path, name)
     run = manifest.load(path)
     state = run.state(run.kernel(name))
     get_run_logger().info("%s: %s", name, state)
     # The name is what the UI shows: a kernel that waits for upstream is not simply completed.
-    return Completed(name=state.replace("_", " ").capitalize(), data=state)
+    name_of_state = state.replace("_", " ").capitalize()
+    return Completed(
+        name=name_of_state, message=Report(run, path).summary(run.kernel(name)), data=state
+    )
 
 
 def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
@@ -71,6 +79,7 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
         define(path, name)
     _request_upstream(steps, path, name)
     if _status(path, name) == NEEDS_REFERENCE:
+        show(path, name)  # a run that is suspended gets no further
         if not ask_for_reference(path, name):
             return
         _request_upstream(steps, path, name)
@@ -84,6 +93,22 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
     if Step.PUBLISH_COVERAGE in steps:
         published = manifest.load(path).phase4[name]
         publish_coverage(path, name, str(published.flashinfer_trace_pr))
+
+
+def show(path: Path, name: str) -> None:
+    """Show where the kernel stands, as an artifact.
+
+    Args:
+        path: the run manifest.
+        name: the kernel's definition name.
+    """
+    with only_shown():
+        run = manifest.load(path)
+        create_markdown_artifact(
+            key=artifact_key("kernel", run.model_slug, name),
+            markdown=Report(run, path).page(run.kernel(name)),
+            description="Where the kernel stands, and why",
+        )
 
 
 def recorded_dumps(request: OnboardRequest, workspace: Path) -> Path | None:

@@ -6,42 +6,55 @@ or a night after an interrupted one, finds the runs that were started and starts
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
-from prefect.client.schemas.objects import State
+from prefect import flow, get_client, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.dispatch import deployed, start_run
+from flows.dispatch import check_crashes, deployed, start_run
 from flows.sources import update_all
 from tasks import settings
-from tasks.discover.candidates import Candidate, discover
+from tasks.discover.candidates import Candidate, Discovery, discover
 from tasks.errors import InputError
-from tasks.files import safe_name
-from tasks.request import OnboardRequest
-from tasks.settings import load_settings
-from tasks.step import step
+from tasks.publish.markdown import cell
+from tasks.request import (
+    OnboardRequest,
+    SkipWorkload,
+    SubmitPrs,
+    Workspace,
+    for_the_form,
+    parse_request,
+)
+from tasks.step import only_shown, step
+
+_MODEL = "onboard-model"
+_NEW = ("candidate", "needs_repo_id")
+_ENDED = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED, StateType.CRASHED]
 
 
 class NightlyRequest(BaseModel):
     """Where to look for models, and what to do with them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=for_the_form)
 
-    workspace: Path = Field(
-        default_factory=lambda: load_settings().workspace,
-        description="Folder of clones, manifests and the outbox.",
-    )
+    workspace: Workspace
     since: str = Field(default="14d", description="How far back to look: 30d, 2w or a day.")
     most: int = Field(default=5, ge=0, le=100, description="Models to start at most.")
     ask_hub: bool = Field(
         default=True, description="Also ask the Hub: trending models, missing repository ids."
     )
-    skip_workload: bool = Field(default=False, description="Do not collect workloads (phase 3).")
-    submit_prs: bool = Field(default=True, description="Publish what is complete (phase 4).")
+    skip_workload: SkipWorkload = False
+    submit_prs: SubmitPrs = True
 
 
 class Night(BaseModel):
@@ -49,8 +62,13 @@ class Night(BaseModel):
 
     started: dict[str, str] = {}
     """Model slug -> the id of its `onboard-model` run, whichever night started it."""
-    left: dict[str, str] = {}
-    """Candidate -> why it is not onboarded."""
+    left: list[Candidate] = []
+    """The candidates that are not onboarded; their reasons say why."""
+
+    @property
+    def counts(self) -> str:
+        """Say it in a line."""
+        return f"{len(self.started)} models are being onboarded, {len(self.left)} are left"
 
 
 @flow(
@@ -69,45 +87,28 @@ def discover_nightly(request: NightlyRequest) -> State[Night]:
     """
     if not deployed():
         raise InputError("discover-nightly starts runs of deployments; look with onboard discover")
-    shas = update_all(request.workspace)
-    night = Night()
-    wanted: dict[str, Candidate] = {}
-    for candidate in find_candidates(request, shas):
-        slug, why = slug_of(candidate)
-        if not why and len(wanted) >= request.most:
-            why = f"{request.most} are enough for a night"
-        if why:
-            night.left[candidate.line()] = why
-        else:
-            wanted[slug] = candidate
+    check_crashes(request.workspace)
+    # The coverage document says which models need no onboarding.
+    shas = update_all(request.workspace, ["flashinfer_bench"])
+    found = find_candidates(request, shas)
+    wanted, left = choose(found.candidates, request)
+    night = Night(left=left)
     for slug, candidate in wanted.items():
-        asked = OnboardRequest(
-            model_name=slug,
-            hf_repo_id=candidate.hf_repo_id,
-            workspace=request.workspace,
-            skip_workload=request.skip_workload,
-            submit_prs=request.submit_prs,
+        asked = onboarding(candidate, request)
+        night.started[slug] = start_model(asked, shas["sglang"], "nightly")
+    with only_shown():
+        create_markdown_artifact(
+            key="nightly-candidates",
+            markdown=markdown(found, wanted, night),
+            description="Models found",
         )
-        night.started[slug] = start_model(asked, shas["sglang"])
-    show(wanted, night)
-    message = f"{len(night.started)} models are being onboarded, {len(night.left)} are not"
-    get_run_logger().info(message)
-    return Completed(message=message, data=night)
-
-
-def slug_of(candidate: Candidate) -> tuple[str, str]:
-    """Return the slug of a candidate's model, and why it cannot be onboarded if it cannot."""
-    if candidate.hf_repo_id is None:
-        return "", "nobody knows its repository"
-    try:
-        return safe_name(candidate.hf_repo_id.rpartition("/")[2].lower(), "the model"), ""
-    except InputError as error:
-        return "", str(error)
+    get_run_logger().info(night.counts)
+    return Completed(message=night.counts, data=night)
 
 
 @step(1, "find-candidates", "Find models that are new in SGLang, the cookbook or on the Hub.")
-def find_candidates(request: NightlyRequest, shas: dict[str, str]) -> list[Candidate]:
-    """Return the candidates to onboard, the first one first.
+def find_candidates(request: NightlyRequest, shas: dict[str, str]) -> Discovery:
+    """Return what there is, the first to onboard first.
 
     Args:
         request: where to look.
@@ -119,35 +120,120 @@ def find_candidates(request: NightlyRequest, shas: dict[str, str]) -> list[Candi
     for warning in found.warnings:
         log.warning("%s", warning)
     log.info("%d models since %s at %s", len(found.candidates), found.since, shas)
-    return [c for c in found.candidates if c.status in ("candidate", "needs_repo_id")]
+    return found
+
+
+def choose(
+    candidates: Iterable[Candidate], request: NightlyRequest
+) -> tuple[dict[str, Candidate], list[Candidate]]:
+    """Return what to onboard, by its slug, and the candidates that are left, with the reasons.
+
+    Args:
+        candidates: what there is, the first to onboard first.
+        request: how many may be onboarded, and how.
+    """
+    wanted: dict[str, Candidate] = {}
+    left = []
+    for candidate in candidates:
+        if candidate.status not in _NEW:
+            continue
+        try:
+            slug = onboarding(candidate, request).model_name
+            _check_room(slug, wanted, request.most)
+        except InputError as error:
+            reason = f"{candidate.reason}; {error}"
+            left.append(candidate.model_copy(update={"reason": reason}))
+        else:
+            wanted[slug] = candidate
+    return wanted, left
+
+
+def _check_room(slug: str, wanted: Mapping[str, Candidate], most: int) -> None:
+    if slug in wanted:  # its manifest would be the other's
+        raise InputError(f"{wanted[slug].hf_repo_id} has the same name")
+    if len(wanted) >= most:
+        raise InputError(f"{most} are enough for a night")
+
+
+def onboarding(candidate: Candidate, request: NightlyRequest) -> OnboardRequest:
+    """Return the request to onboard a candidate.
+
+    Raises:
+        InputError: it cannot be onboarded.
+    """
+    if candidate.hf_repo_id is None:
+        raise InputError("nobody knows its repository")
+    return parse_request(
+        model_name=candidate.hf_repo_id.rpartition("/")[2].lower(),
+        hf_repo_id=candidate.hf_repo_id,
+        workspace=request.workspace,
+        skip_workload=request.skip_workload,
+        submit_prs=request.submit_prs,
+    )
 
 
 @task(
     name="start-model",
     task_run_name="{request.model_name}",
-    description="Start onboard-model for a model and an SGLang commit, unless it was started.",
+    description="Start onboard-model for a model and what it is made from, unless it was started.",
 )
-def start_model(request: OnboardRequest, sglang: str) -> str:
+def start_model(request: OnboardRequest, commit: str, label: str) -> str:
     """Return the id of the run, which nobody waits for.
 
     Args:
         request: the model.
-        sglang: SGLang's commit.
+        commit: of the sources; with others there is more to do.
+        label: a tag that says who asked.
     """
-    key, labels = f"{request.model_name}@{sglang}", ["nightly", f"model:{request.model_name}"]
-    return str(start_run("onboard-model", {"request": request}, key=key, labels=labels).id)
+    run = under_way(request.model_name) or start_run(
+        _MODEL,
+        {"request": request},
+        key=f"{request.hf_repo_id}@{commit}",
+        labels=[label, f"model:{request.model_name}"],
+        title=request.model_name,
+    )
+    return str(run.id)
 
 
-def show(wanted: dict[str, Candidate], night: Night) -> None:
-    """Show what was found, as an artifact."""
-    rows: list[dict[str, Any]] = [
-        {
-            "model": slug,
-            "repository": candidate.hf_repo_id,
-            "found": candidate.reason,
-            "run": f"/runs/flow-run/{night.started[slug]}",
-        }
-        for slug, candidate in wanted.items()
-    ]
-    rows += [{"model": "", "repository": "", "found": k, "run": v} for k, v in night.left.items()]
-    create_table_artifact(key="nightly-candidates", table=rows, description="Models found")
+def under_way(model_name: str) -> FlowRun | None:
+    """Return a model's run that has not ended, whoever started it: two would do the same work."""
+    not_ended = FlowRunFilterState(type=FlowRunFilterStateType(not_any_=_ENDED))
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[_MODEL])),
+            flow_run_filter=FlowRunFilter(state=not_ended),
+        )
+    return next(
+        (run for run in runs if run.parameters.get("request", {}).get("model_name") == model_name),
+        None,
+    )
+
+
+def markdown(found: Discovery, wanted: Mapping[str, Candidate], night: Night) -> str:
+    """Return what the UI shows of a night.
+
+    Args:
+        found: what there is.
+        wanted: what of it is onboarded, by its slug.
+        night: what became of it.
+    """
+    lines = [f"{night.counts}; looked back to {found.since}.", ""]
+    lines += [f"- {cell(warning)}" for warning in found.warnings]
+    lines += ["", "| Onboarded | Repository | Since | Why | Run |", "|---|---|---|---|---|"]
+    for slug, candidate in wanted.items():
+        run = night.started[slug]
+        # The UI completes the link: where its readers find it is not known here.
+        lines.append(_row(slug, *_about(candidate)) + f" [{run[:8]}](/runs/flow-run/{run}) |")
+    lines += ["", "| Not onboarded | Since | Why | Status |", "|---|---|---|---|"]
+    others = [candidate for candidate in found.candidates if candidate.status not in _NEW]
+    lines += [_row(*_about(candidate), candidate.status) for candidate in (*night.left, *others)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(candidate: Candidate) -> tuple[str, str, str]:
+    name = candidate.hf_repo_id or candidate.architecture or candidate.model_file or "-"
+    return name, candidate.date or "-", candidate.reason
+
+
+def _row(*texts: str) -> str:
+    return "".join(f"| {cell(text)} " for text in texts) + "|"

@@ -18,7 +18,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel
 
 from flows.collect import serve_sessions
-from flows.dispatch import check_crashes, deployed, run_child
+from flows.dispatch import check_crashes, deployed, run_child, tag_run
 from flows.gpu import serve_on_pool
 from flows.kernel import onboard_kernel, recorded_dumps
 from flows.outcome import ended
@@ -31,7 +31,7 @@ from tasks.discover.task import discover_kernels
 from tasks.errors import InputError, OnboardError
 from tasks.repos.clone import PHASE0, in_hand
 from tasks.request import OnboardRequest, Step, remaining_steps
-from tasks.step import artifact_key
+from tasks.step import artifact_key, only_shown
 
 
 class Outcome(BaseModel):
@@ -64,6 +64,7 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     Args:
         request: the model and what to do.
     """
+    tag_run(f"model:{request.model_name}")
     check_crashes(request.workspace)
     shas = update_sources(request)
     today = dt.datetime.now(tz=dt.UTC).date()
@@ -115,6 +116,7 @@ def start_kernel(request: OnboardRequest, path: Path, name: str) -> State[Any]:
             {"request": request, "path": path, "name": name},
             key=name,
             labels=labels,
+            title=f"{request.model_name}/{name}",
             crashes=settings.load_settings(request.workspace).collect.crashes,
         )
     with tags(*labels):
@@ -178,14 +180,15 @@ def report(path: Path) -> Report:
     """Write the artifacts and return the report they were made of."""
     result = Report(manifest.load(path), path)
     slug = result.run.model_slug
-    create_table_artifact(
-        key=artifact_key("inventory", slug),
-        table=result.inventory(),
-        description=f"Kernels of {slug}",
-    )
-    create_markdown_artifact(
-        key=artifact_key("report", slug),
-        markdown=result.markdown(),
-        description="Where every kernel stands",
-    )
+    with only_shown():
+        create_table_artifact(
+            key=artifact_key("inventory", slug),
+            table=result.table(),
+            description=f"Kernels of {slug}",
+        )
+        create_markdown_artifact(
+            key=artifact_key("report", slug),
+            markdown=result.markdown(),
+            description="Where every kernel stands",
+        )
     return result

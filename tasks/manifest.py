@@ -116,6 +116,20 @@ class PullRequests(BaseModel):
     flashinfer_bench_pr: str | None = None
 
 
+class Upstream(BaseModel):
+    """What has become of a pull request or an issue."""
+
+    model_config = ConfigDict(extra="allow")
+
+    state: Literal["manual", "draft", "open", "changes_requested", "merged", "closed", "rejected"]
+    """`manual`: in the outbox, for somebody to send; `closed`: an issue that was dealt with;
+    `rejected`: closed without being merged, or as not planned."""
+    said: str | None = None
+    """The reviewer's last words."""
+    checked: dt.datetime | None = None
+    """When this was seen."""
+
+
 class RunManifest(BaseModel):
     """One onboarding run of one model."""
 
@@ -128,7 +142,10 @@ class RunManifest(BaseModel):
     kernels: list[KernelEntry] = Field(default_factory=list)
     phase4: dict[str, PullRequests] = Field(default_factory=dict)
 
-    # Ours, beyond the original contract: what phase 1 found besides the kernels.
+    # Ours, beyond the original contract.
+    upstream: dict[str, Upstream] | None = None
+    """What has become of everything that was published, by its URL."""
+    # What phase 1 found besides the kernels.
     architecture: str | None = None
     model_class: str | None = None
     """The architecture, and the file of SGLang that implements it."""
@@ -178,6 +195,12 @@ class RunManifest(BaseModel):
 def file_name(model_slug: str, date: dt.date) -> str:
     """Return the manifest's file name for a model and a day."""
     return f"onboard_{model_slug}_{date:%Y%m%d}.json"
+
+
+def slug_of(path: Path) -> str:
+    """Return the model that a manifest is named for; a file of another name, its stem."""
+    named = _FILE_NAME.fullmatch(path.name)
+    return named["slug"] if named else path.stem
 
 
 def dump(manifest: RunManifest) -> dict[str, Any]:

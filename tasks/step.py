@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, task
 from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID, CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
@@ -89,6 +90,15 @@ def step(
 def artifact_key(*parts: str) -> str:
     """Return an artifact's key made of names: Prefect takes lower-case letters, digits, dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+@contextmanager
+def only_shown() -> Iterator[None]:
+    """Let the block fail, which only shows something: its trouble is logged and ends no work."""
+    try:
+        yield
+    except Exception as error:  # the server is away, has lost its database, ...
+        get_run_logger().warning("not shown: %s: %s", type(error).__name__, error)
 
 
 def phase_seconds() -> dict[int, float]:

@@ -12,7 +12,8 @@ from tasks.collect.environment import may_be_secret
 from tasks.collect.plan import NodeGroup, Wish, read_arguments
 from tasks.collect.session import Lengths, Traffic
 from tasks.errors import InputError, first_problem
-from tasks.manifest import DONE, KernelEntry, Route, RunManifest
+from tasks.manifest import DONE, KernelEntry, Route, RunManifest, slug_of
+from tasks.request import for_the_form
 
 _HELD = {
     "FLASHINFER_DUMP": "it says what FlashInfer records, and where",
@@ -29,7 +30,7 @@ _HELD = {
 class CollectRequest(BaseModel):
     """Workloads to collect by serving a model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=for_the_form)
 
     manifest: Path = Field(description="The run manifest; the workspace is its folder.")
     definitions: tuple[str, ...] = Field(
@@ -80,6 +81,11 @@ class CollectRequest(BaseModel):
     sessions_only: bool = Field(
         default=False, description="Serve and record; the rows are made elsewhere, or later."
     )
+
+    @property
+    def model_slug(self) -> str:
+        """The model that the manifest is named for."""
+        return slug_of(self.manifest)
 
     @model_validator(mode="after")
     def _together(self) -> CollectRequest:

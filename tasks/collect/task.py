@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from tasks.collect.serve import Host, SessionError, serve_session
 from tasks.collect.session import Session
 from tasks.manifest import DONE
 from tasks.model import read_config
-from tasks.step import artifact_key, step
+from tasks.step import artifact_key, only_shown, step
 
 _RETRIES = 12
 """More than the adjustments that a session goes through before it gives up."""
@@ -80,10 +81,10 @@ def collect_session(
         SessionError: the launch failed; Prefect tries again where that may go better.
     """
     log = get_run_logger()
-    options = settings.load_settings(path.parent)
-    sessions = options.sessions(manifest.load(path).model_slug)
+    options, slug = settings.load_settings(path.parent), manifest.load(path).model_slug
+    sessions = options.sessions(slug)
     host = Host(options.collect, options.hf_token or _kept_token(), keep_dumps, _stopping)
-    with _progress_shown(session, Place.of(sessions, session)):
+    with _progress_shown(slug, session, Place.of(sessions, session)):
         return serve_session(session, read_config(config), sessions, host, log.info)
 
 
@@ -96,30 +97,54 @@ def _kept_token() -> SecretStr | None:
     return SecretStr(kept.get())
 
 
+class _Progress:
+    """A progress artifact, in whole percent; made when it can be shown for the first time."""
+
+    def __init__(self, key: str, description: str) -> None:
+        self._key, self._description = key, description
+        self._id: UUID | None = None
+        self._shown: int | None = None
+
+    def show(self, share: float) -> None:
+        """Show it if it has changed."""
+        percent = min(100, int(100 * share))
+        if percent == self._shown:
+            return
+        if self._id is None:
+            made = create_progress_artifact(percent, self._key, self._description)
+            self._id = cast("UUID", made)  # a coroutine only where there is an event loop
+        else:
+            update_progress_artifact(self._id, percent)
+        self._shown = percent
+
+
 @contextmanager
-def _progress_shown(session: Session, place: Place) -> Iterator[None]:
+def _progress_shown(slug: str, session: Session, place: Place) -> Iterator[None]:
     """Show in an artifact, while the block runs, how much of a session's traffic was answered."""
-    key = artifact_key("progress", place.root.name)
-    shown = create_progress_artifact(0.0, key=key, description=f"Requests of {session.id}")
-    expected = session.traffic.requests
+    progress = _Progress(
+        artifact_key("progress", slug, place.root.name),
+        f"Requests answered of {session.traffic.requests} in session {session.id}",
+    )
     over = threading.Event()
 
     def follow() -> None:
-        last = 0.0
-        while not over.wait(_PROGRESS_SECONDS):
-            share = min(100.0, 100 * read_served(place.served).requests / expected)
-            if share != last:
-                update_progress_artifact(cast("UUID", shown), share)
-                last = share
+        while True:
+            with only_shown():
+                progress.show(read_served(place.served).requests / session.traffic.requests)
+            if over.wait(_PROGRESS_SECONDS):
+                return
 
-    follower = threading.Thread(target=follow, daemon=True)
+    # The artifact is this task run's, which a thread does not know by itself.
+    run = contextvars.copy_context().run
+    follower = threading.Thread(target=run, args=(follow,), daemon=True)
     follower.start()
     try:
         yield
-        update_progress_artifact(cast("UUID", shown), 100.0)
     finally:
         over.set()
-        follower.join()
+    follower.join()
+    with only_shown():
+        progress.show(1)
 
 
 @step(3, "collect", "Turn recorded FlashInfer calls into workload rows.")
@@ -192,11 +217,15 @@ def evaluate_baseline(path: Path, name: str, *, skip: bool = False) -> str:
 
 
 def _show(name: str, picture: Path, found: Realism) -> None:
-    """Show how real a definition's rows look, as an artifact."""
+    """Show how real a definition's rows look, as an artifact.
+
+    The picture is in the text: the UI shows PNGs so, and serves no files.
+    """
     image = base64.b64encode(picture.read_bytes()).decode()
-    create_markdown_artifact(
-        key=artifact_key("realism", name),
-        markdown=f"![Batch sizes and KV lengths](data:image/png;base64,{image})\n\n"
-        f"{found.markdown()}",
-        description="How real the collected workloads look",
-    )
+    with only_shown():
+        create_markdown_artifact(
+            key=artifact_key("realism", name),
+            markdown=f"![Batch sizes and KV lengths](data:image/png;base64,{image})\n\n"
+            f"{found.markdown()}",
+            description="How real the collected workloads look",
+        )

@@ -29,6 +29,7 @@ from tests.docker.served import prefect_server
 _AT_A_TIME = 8
 """Models side by side, as the control pool's queue lets."""
 _WAYS = ("bare Prefect", "this project")
+_IDLE_SECONDS, _IDLE_PERCENT = 5, 10.0
 _STEPS = 2
 """Tasks of each kernel: collect, evaluate."""
 
@@ -38,7 +39,7 @@ class Cost(NamedTuple):
 
     seconds: float
     server_seconds: float
-    """CPU of the server."""
+    """CPU of the server, until it has recorded everything."""
     memory_mb: float
     """The server's at the end."""
     grown_mb: float
@@ -69,12 +70,20 @@ def measured(what: str, folder: Path, asked: argparse.Namespace) -> Cost:
             capture_output=True,
             text=True,
         )
+        settle(process)
         return Cost(
             float(done.stdout.splitlines()[-1]),
             sum(process.cpu_times()[:2]) - cpu,
             process.memory_info().rss / 1e6,
             store.megabytes() - before,
         )
+
+
+def settle(server: psutil.Process) -> None:
+    """Wait until a server has recorded what it was sent: events go on after the last run's end."""
+    idle = 0
+    while idle < _IDLE_SECONDS:
+        idle = idle + 1 if server.cpu_percent(interval=1.0) < _IDLE_PERCENT else 0
 
 
 def workspace(folder: Path, models: int, kernels: int) -> None:

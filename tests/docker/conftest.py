@@ -12,6 +12,7 @@ import docker
 import pytest
 
 from tests.docker import images
+from tests.docker.house import House, open_house
 from tests.docker.served import Prefect, prefect_server, template_for
 
 _REASON = images.why_not()
@@ -51,6 +52,18 @@ def engine() -> Iterator[docker.DockerClient]:
 def worker_image(engine: docker.DockerClient) -> str:
     """The worker image, from `docker/worker.Dockerfile`."""
     return images.make(engine, images.WORKER)
+
+
+@pytest.fixture(scope="module")
+def house(
+    cloned: Path,
+    engine: docker.DockerClient,
+    worker_image: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[House]:
+    """A house for the tests of one file."""
+    with open_house(tmp_path_factory.mktemp("house"), cloned, engine, worker_image) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

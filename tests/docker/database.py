@@ -19,8 +19,9 @@ _USER = "postgres"
 
 
 def why_not() -> str:
-    """Return why PostgreSQL cannot be run here; empty if it can."""
-    return "" if _programs() else "PostgreSQL is not installed (.ci/docker installs it)"
+    """Return why PostgreSQL and Redis cannot be run here; empty if they can."""
+    there = _programs() and shutil.which("redis-server")
+    return "" if there else "PostgreSQL or Redis is not installed (.ci/docker installs them)"
 
 
 def _programs() -> Path | None:

@@ -30,6 +30,7 @@ _BASE = "onboard-test/base"
 _LABEL = "onboard-test"
 _LOCK = "/tmp/onboard-test-images.lock"
 _PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+_EXTRAS = {"control": "bench,server", "worker": "bench"}
 _SYSTEM_PACKAGES = {  # no compiler: the stand-in compiles no kernels
     "control": "ca-certificates git libseccomp2",
     "worker": "ca-certificates libseccomp2 python3-venv",
@@ -81,9 +82,8 @@ def make(client: docker.DockerClient, image: str) -> str:
     """
     role = image.removeprefix("onboard-test/").partition(":")[0]
     arguments = {
-        "EXTRAS": "bench",
+        "EXTRAS": _EXTRAS[role],
         "PIP_NO_INDEX": "1",
-        "PREFECT_REDIS_VERSION": "",
         "SGLANG_VERSION": "",  # the tests bring a stand-in
         "SYSTEM_PACKAGES": _SYSTEM_PACKAGES[role],
     }

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import psutil
 import tomli_w
+from redis import Redis, RedisError
 
 from flows.embedded import die_with_parent
 from tasks.collect.keeper import free_port
@@ -26,11 +28,23 @@ _DEADLINE_SECONDS = 120.0
 T = TypeVar("T")
 
 
-def until(what: str, ask: Callable[[], T | None], seconds: float = _DEADLINE_SECONDS) -> T:
-    """Ask until there is an answer that is true."""
+def until(
+    what: str,
+    ask: Callable[[], T | None],
+    seconds: float = _DEADLINE_SECONDS,
+    accept: type[Exception] = httpx.TransportError,
+) -> T:
+    """Ask until there is an answer that is true.
+
+    Args:
+        what: is waited for.
+        ask: for it.
+        seconds: to wait at most.
+        accept: an error that is no answer yet.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with suppress(httpx.TransportError):
+        with suppress(accept):
             if answer := ask():
                 return answer
         time.sleep(0.2)
@@ -166,12 +180,33 @@ class Prefect:
 
 
 @contextmanager
-def prefect_server(folder: Path, database: str | None = None) -> Iterator[Prefect]:
+def redis(folder: Path) -> Iterator[dict[str, str]]:
+    """Run Redis while the block runs; yield what has a server use it, as compose.yaml does."""
+    port = free_port()
+    start = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    with _running(start, _outside(), folder / "redis.log"):
+        until("Redis", lambda: Redis(port=port).ping(), accept=RedisError)
+        yield {
+            "PREFECT_REDIS_MESSAGING_HOST": "127.0.0.1",
+            "PREFECT_REDIS_MESSAGING_PORT": str(port),
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect_redis.lease_storage",
+            "PREFECT_SERVER_DOCKET_URL": f"redis://127.0.0.1:{port}/1",
+            "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
+            "PREFECT_SERVER_EVENTS_MESSAGING_BROKER": "prefect_redis.messaging",
+            "PREFECT_SERVER_EVENTS_MESSAGING_CACHE": "prefect_redis.messaging",
+        }
+
+
+@contextmanager
+def prefect_server(
+    folder: Path, database: str | None = None, more: Mapping[str, str] | None = None
+) -> Iterator[Prefect]:
     """Run a server with a password of its own while the block runs.
 
     Args:
         folder: of its logs and profiles, and of its database if none is given.
         database: URL of another one.
+        more: of its environment.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
@@ -188,6 +223,7 @@ def prefect_server(folder: Path, database: str | None = None) -> Iterator[Prefec
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
+        **(more or {}),
     }
     start = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
     auth = httpx.BasicAuth(*password.split(":"))
@@ -246,6 +282,16 @@ class Service:
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509  a test may end by a signal
             )
+
+    def kill(self) -> None:
+        """Kill it and all that it started, as the end of its host does."""
+        assert self._process
+        family = psutil.Process(self.pid).children(recursive=True)
+        self._process.kill()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
 
     def stop(self) -> None:
         """End it as Ctrl-C does, and whatever it leaves."""

@@ -5,6 +5,7 @@
 * `bad_flag`: the command line refuses an argument;
 * `hang_start`: the server is never ready;
 * `crash_after=N`: the scheduler is killed when it has served N requests;
+* `hold_after=N`: nothing is answered after N requests, until the file `FAKE_SGLANG_ONCE` is there;
 * `fail_requests=SHARE`: this share of requests fails;
 * `no_flashinfer`: SGLang takes its Triton backends, and FlashInfer is never called;
 * `warm_up`: kernels are called before the server is ready, for a request of 7 tokens of nobody's;

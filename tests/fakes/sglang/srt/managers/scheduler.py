@@ -271,6 +271,8 @@ class Scheduler:
         if limit is not None and self.done >= int(limit):
             happened()
             os.kill(os.getpid(), signal.SIGKILL)
+        while (limit := fault("hold_after")) is not None and self.done >= int(limit):
+            time.sleep(0.1)
 
     def _note(self, phase: str, batch: list[Request]) -> None:
         """Write down a step whose kernels have been called."""
