@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import define, evaluate, explore, sanitize
+from flows import define, evaluate, explore, publish, sanitize
 from flows import validate as validate_command
 from flows.command import AsJson, Workspace, app, integers, print_table, reported
 from tasks.errors import InputError
@@ -30,6 +30,7 @@ define.register(app)
 validate_command.register(app)
 sanitize.register(app)
 evaluate.register(app)
+publish.register(app)
 
 
 @app.command("run")
@@ -51,6 +52,14 @@ def run_model(
     ] = False,
     dumps: Annotated[
         Path | None, typer.Option(help="Collect from this folder of recorded FlashInfer dumps.")
+    ] = None,
+    sglang_pr: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[KERNEL=]URL",
+            help="An SGLang pull request to wait for; KERNEL is a definition or an op type. "
+            "Repeatable.",
+        ),
     ] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Forget what an earlier run recorded.")
@@ -75,6 +84,7 @@ def run_model(
         submit_prs=not no_submit_prs,
         refresh=refresh,
         dumps=dumps.absolute() if dumps else None,
+        sglang_pr=tuple(sglang_pr or ()),
     )
     _preflight(request)
     return _dry_run(request) if dry_run else _run(request, ui)

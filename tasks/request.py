@@ -5,46 +5,89 @@ from __future__ import annotations
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks.errors import InputError
 from tasks.files import safe_name
+from tasks.git import redact
 from tasks.manifest import DONE, KernelEntry, Route, RunManifest
-from tasks.settings import load_settings
+from tasks.settings import REPOSITORY, load_settings
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 ALL_PHASES = (0, 1, 2, 3, 4)
+_GITHUB = "https://github.com"
+_PULL_REQUEST = re.compile(
+    rf"(?:(?P<kernel>[^=:/\s]+)=)?(?P<site>https?://[^/\s@?#]+)/(?P<path>{REPOSITORY.pattern}"
+    r"/pull/[1-9][0-9]{0,9})/?",
+    re.ASCII,
+)
+
+
+def for_the_form(schema: dict[str, Any]) -> None:
+    """Number a schema's fields, and have what is not given be an empty field.
+
+    PostgreSQL, which keeps the schema, forgets their order; and Prefect's form has no field for
+    what may be null until its type is chosen.
+    """
+    for position, field in enumerate(schema["properties"].values()):
+        field["position"] = position
+        kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+        if len(kinds) == 1:
+            del field["anyOf"], field["default"]
+            field.update(kinds[0])
+
+
+# What the requests of several flows have in common.
+Workspace = Annotated[
+    Path,
+    Field(
+        default_factory=lambda: load_settings().workspace,
+        description="Folder of clones, manifests and the outbox; the worker's own if not given.",
+    ),
+]
+SkipWorkload = Annotated[bool, Field(description="Do not collect workloads (phase 3).")]
+SubmitPrs = Annotated[
+    bool, Field(title="Submit PRs", description="Publish what is complete (phase 4).")
+]
 
 
 class OnboardRequest(BaseModel):
     """One model to onboard."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=for_the_form)
 
     model_name: str = Field(
         description="Slug of the model, as in `model:` tags and manifest names.",
         examples=["qwen3-30b-a3b"],
     )
     hf_repo_id: str | None = Field(
-        default=None, description="Hugging Face repository, where config.json is read from."
+        default=None,
+        title="HF repo id",
+        description="Hugging Face repository, where config.json is read from.",
     )
     config: Path | None = Field(
         default=None, description="A config.json file to use instead of the Hub's."
     )
-    workspace: Path = Field(
-        default_factory=lambda: load_settings().workspace,
-        description="Folder of clones, manifests and the outbox.",
+    workspace: Workspace
+    phases: tuple[int, ...] = Field(
+        default=ALL_PHASES,
+        description="Phases to run: 0 update sources, 1 discover, 2 define, 3 collect, 4 publish.",
     )
-    phases: tuple[int, ...] = Field(default=ALL_PHASES, description="Phases to run.")
-    skip_workload: bool = Field(default=False, description="Do not collect workloads (phase 3).")
-    submit_prs: bool = Field(default=True, description="Publish what is complete (phase 4).")
+    skip_workload: SkipWorkload = False
+    submit_prs: SubmitPrs = True
     refresh: bool = Field(
         default=False, description="Forget what an earlier run recorded and start over."
     )
     dumps: Path | None = Field(
         default=None, description="Folder of recorded FlashInfer dumps to collect from."
+    )
+    sglang_pr: tuple[str, ...] = Field(
+        default=(),
+        description="SGLang pull requests that somebody has opened: the kernels that SGLang lacks "
+        "wait for them, and none is prepared. A URL for all of them, or KERNEL=URL for one, or for "
+        "those of an op type.",
+        examples=[["sampling=https://github.com/sgl-project/sglang/pull/12345"]],
     )
 
     @field_validator("model_name")
@@ -67,6 +110,28 @@ class OnboardRequest(BaseModel):
             raise ValueError(f"{list(value)}: phases are 0 to 4")
         return tuple(sorted(set(value)))
 
+    @field_validator("sglang_pr")
+    @classmethod
+    def _pull_requests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        found: dict[str, str] = {}
+        for text in value:
+            match = _PULL_REQUEST.fullmatch(text)
+            if not match or match["site"].lower() != _GITHUB:
+                raise ValueError(
+                    f"{redact(text)!r} is not [KERNEL=]URL with a pull request's URL "
+                    f"({_GITHUB}/OWNER/REPOSITORY/pull/NUMBER)"
+                )
+            kernel, url = match["kernel"] or "", f"{_GITHUB}/{match['path']}"
+            if found.setdefault(kernel, url) != url:
+                raise ValueError(f"{found[kernel]} and {url} are both for {kernel or 'all'}")
+        return tuple(f"{kernel}={url}" if kernel else url for kernel, url in found.items())
+
+    def sglang_pr_of(self, entry: KernelEntry) -> str | None:
+        """Return the pull request that somebody named for a kernel, its op type, or all."""
+        named = dict(text.rpartition("=")[::2] for text in self.sglang_pr)
+        keys = (entry.definition_name, entry.op_type, "")
+        return next((named[key] for key in keys if key in named), None)
+
 
 def parse_request(**fields: Any) -> OnboardRequest:
     """Build a request from a command's options.
@@ -80,6 +145,21 @@ def parse_request(**fields: Any) -> OnboardRequest:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
         raise InputError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def check_sglang_pr(request: OnboardRequest, run: RunManifest) -> None:
+    """Check that pull requests are named for kernels or op types that the model has.
+
+    Raises:
+        InputError: one is not.
+    """
+    known = {name for entry in run.kernels for name in (entry.definition_name, entry.op_type)}
+    for text in request.sglang_pr:
+        kernel = text.rpartition("=")[0]
+        if kernel and kernel not in known:
+            raise InputError(
+                f"--sglang-pr: {kernel!r} is no kernel and no op type of {run.model_slug}"
+            )
 
 
 class Step(Enum):
@@ -122,7 +202,8 @@ def remaining_steps(
     if entry.phase2_status != DONE and Step.DEFINE not in steps:
         return ()
     collects = 3 in request.phases and not request.skip_workload
-    if collects and route is Route.AWAIT_SGLANG and entry.sglang_pr_url is None:
+    named = request.sglang_pr_of(entry) or entry.sglang_pr_url
+    if collects and route is Route.AWAIT_SGLANG and (named is None or named != entry.sglang_pr_url):
         steps.append(Step.PREPARE_SGLANG)
     if collects and route is Route.COLLECT and entry.phase3_status != DONE:
         steps.append(Step.COLLECT)

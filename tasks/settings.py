@@ -7,10 +7,11 @@ manifest.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,6 +21,8 @@ from pydantic_settings import (
 
 from tasks.errors import InputError
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+"""Owner and name of a repository, on the Hub or on GitHub."""
 HF_TOKEN_BLOCK = "hf-token"  # noqa: S105  its name, not its value
 """The Prefect server's Secret block with the Hub's token."""
 
@@ -105,6 +108,34 @@ class CollectSettings(BaseModel):
         return int(self.disk_gb * 1e9)
 
 
+class PublishSettings(BaseModel):
+    """Where pull requests and issues go."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Literal["auto", "outbox"] = Field(
+        default="auto",
+        description="Upstream where there is a token for it, else the outbox; or only the outbox.",
+    )
+    dataset: str = Field(
+        default="flashinfer-ai/flashinfer-trace", description="Dataset repository on the Hub."
+    )
+    bench: str = "flashinfer-ai/flashinfer-bench"
+    flashinfer: str = "flashinfer-ai/flashinfer"
+    sglang: str = "sgl-project/sglang"
+    github_url: str = Field(
+        default="https://api.github.com",
+        description="GitHub's API; https://HOST/api/v3 of a GitHub Enterprise server.",
+    )
+
+    @field_validator("dataset", "bench", "flashinfer", "sglang")
+    @classmethod
+    def _repository(cls, value: str) -> str:
+        if not REPOSITORY.fullmatch(value):
+            raise ValueError(f"{value!r} is not a repository (owner/name)")
+        return value
+
+
 class Settings(BaseSettings):
     """Everything that is not the run itself."""
 
@@ -116,6 +147,8 @@ class Settings(BaseSettings):
     workspace: Path = Path("workspace")
     remotes: Remotes = Remotes()
     collect: CollectSettings = CollectSettings()
+    publish: PublishSettings = PublishSettings()
+    github_token: SecretStr | None = None
     hf_endpoint: str | None = None
     hf_token: SecretStr | None = None
     gpu_memory_gb: float = Field(default=141.0, gt=0, description="Memory of one GPU, in GB.")

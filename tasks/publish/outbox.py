@@ -7,7 +7,6 @@ and bodies as files. `outbox/remotes/*.git` are bare repositories that receive t
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from filelock import FileLock, Timeout
 from tasks import files
 from tasks.errors import PublishError
 from tasks.git import AUTHOR, GitError, git
-from tasks.publish.base import Branch, Post, marker
+from tasks.publish.base import Branch, Post, text_of
+from tasks.publish.branch import write_commit
 
 _LOCK_SECONDS = 120
 _FOLDERS = {
@@ -64,8 +64,10 @@ class Outbox:
             head |= {"labels": ", ".join(post.labels)}
         if post.asked_for:
             head |= {"asked_for": post.asked_for}
+        if post.draft:
+            head |= {"draft": "yes"}
         facts = yaml.safe_dump({**head, **where}, sort_keys=False, allow_unicode=True, width=999)
-        text = f"---\n{facts}---\n{post.body.rstrip()}\n\n{marker(post.key, post.kind)}\n"
+        text = f"---\n{facts}---\n{text_of(post)}"
         name = files.safe_name(post.key, "outbox entry")
         path = self._root / _FOLDERS[post.kind] / f"{name}.{post.kind}.md"
         try:
@@ -107,39 +109,17 @@ class Outbox:
         return path
 
     def _publish_branch(self, repository: str, branch: Branch) -> str:
-        """Commit the files on top of the clone's commit; an equal branch is left alone."""
+        """Let the remote's branch point to the commit of its files; an equal one is left alone."""
         try:
             remote = self._remote(repository, branch.clone)
             ref = f"refs/heads/{branch.name}"
             tip = git("for-each-ref", "--format=%(objectname)", ref, cwd=remote)
-            base = git("rev-parse", "HEAD", cwd=branch.clone)
-            parent = tip or base
-            # From the source's commit, so that a file no longer published does not stay behind.
-            tree = self._tree(branch, base, remote)
-            if tip and git("rev-parse", f"{tip}^{{tree}}", cwd=remote) == tree:
-                return tip
-            message = ("-m", branch.message)
-            commit = git("commit-tree", tree, "-p", parent, *message, cwd=remote, env=AUTHOR)
-            git("update-ref", ref, commit, tip or "", cwd=remote)
+            commit = write_commit(branch, remote, tip)
+            if commit != tip:
+                git("update-ref", ref, commit, tip, cwd=remote)
         except GitError as error:
             raise PublishError(f"branch {branch.name} for {repository}: {error}") from error
         return commit
-
-    def _tree(self, branch: Branch, base: str, remote: Path) -> str:
-        """Write the tree of `base` with the branch's files."""
-        sources = "".join(f"{source.absolute()}\n" for source in branch.files.values())
-        write = ("hash-object", "-w", "--no-filters", "--stdin-paths")
-        hashes = git(*write, cwd=remote, stdin=sources.encode()).splitlines()
-        entries = "".join(
-            f"100644 {digest}\t{path}\n" for path, digest in zip(branch.files, hashes, strict=True)
-        )
-        with tempfile.TemporaryDirectory(prefix="onboard-index-") as folder:
-            index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-            git("read-tree", base, cwd=remote, env=index)
-            add = ("update-index", "--add", "--index-info")
-            git(*add, cwd=remote, stdin=entries.encode(), env=index)
-            # A blobless clone lacks the blobs of files nobody touches.
-            return git("write-tree", "--missing-ok", cwd=remote, env=index)
 
 
 def _is_anothers(path: Path, asked_for: str) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import SecretStr
 
 from tasks import files, git, ops
 from tasks.coverage_doc import PATH as COVERAGE_PATH
@@ -18,14 +19,12 @@ from tasks.dataset import DefinitionFiles
 from tasks.errors import PublishError
 from tasks.manifest import DONE, KernelEntry, RunManifest
 from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
-from tasks.publish.base import Branch, Post
-from tasks.publish.markdown import FILTERS, one_line
+from tasks.publish.base import BODY_LIMIT, TITLE_LIMIT, Branch, Checklist, Post, marker
+from tasks.publish.markdown import FILTERS, fits, one_line, scrubbed, width
 from tasks.publish.requested import public_address, without_request
 from tasks.publish.sites import Site, sglang_site
+from tasks.settings import PublishSettings, Settings
 
-DATASET_REPOSITORY = "flashinfer-ai/flashinfer-trace"
-BENCH_REPOSITORY = "flashinfer-ai/flashinfer-bench"
-FLASHINFER_REPOSITORY = "flashinfer-ai/flashinfer"
 SGLANG_REPOSITORY = "sgl-project/sglang"
 
 _TEMPLATES = Environment(
@@ -43,6 +42,11 @@ _TEMPLATES.filters |= FILTERS | {
 }
 
 
+_NOTHING_CHECKED = Checklist()
+_MOST_ROWS = 100
+"""Workloads that the body lists: a row takes about 150 of its characters."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """The kernel to publish and where its files are."""
@@ -55,6 +59,39 @@ class Subject:
     workspace: Path
     sglang: Path
     """SGLang's clone; may not exist."""
+    repositories: PublishSettings = field(default_factory=PublishSettings)
+    """Where pull requests and issues go."""
+    secrets: tuple[SecretStr, ...] = ()
+    """Tokens that are known here: no log may have them."""
+
+    @classmethod
+    def of(cls, run: RunManifest, entry: KernelEntry, options: Settings) -> Subject:
+        """Return a kernel of a run whose files are where the settings say."""
+        return cls(
+            manifest=run,
+            entry=entry,
+            dataset=options.clone("flashinfer_trace"),
+            collected=options.provenance(run.model_slug, entry.definition_name),
+            workspace=options.workspace,
+            sglang=options.clone("sglang"),
+            repositories=options.publish,
+            secrets=tuple(value for _, value in options if isinstance(value, SecretStr)),
+        )
+
+    @property
+    def known_secrets(self) -> tuple[str, ...]:
+        """What no text may have, however it looks."""
+        return tuple(secret.get_secret_value() for secret in self.secrets)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Folders that are nobody's business -> what a text calls them."""
+        roots = {self.workspace.absolute(), self.workspace.resolve()}
+        return {**{str(root): "WORKSPACE" for root in roots}, str(Path.home()): "~"}
+
+    def shown(self, text: Any) -> str:
+        """Return a text of this machine as others may see it."""
+        return scrubbed(str(text), self.known_secrets, self.places)
 
     @property
     def files(self) -> DefinitionFiles:
@@ -108,47 +145,96 @@ def _body(template: str, subject: Subject, **context: Any) -> str:
     )
 
 
-def dataset_pull_request(subject: Subject) -> tuple[Post, Branch]:
+def dataset_pull_request(
+    subject: Subject, checked: Checklist = _NOTHING_CHECKED
+) -> tuple[Post, Branch]:
     """Render the pull request that adds a definition's files to the dataset.
+
+    Where the text has no room for the whole log, the branch has it as a file.
+
+    Args:
+        subject: the kernel.
+        checked: its checklist, with what the text quotes of it.
 
     Raises:
         PublishError: nothing is staged.
     """
-    name = subject.entry.definition_name
-    staged = {path: subject.dataset / path for path in subject.files.staged(subject.dataset)}
-    if subject.files.definition not in staged:
-        raise PublishError(f"{name}: {subject.dataset / subject.files.definition} is not staged")
-    collected, workloads = None, []
+    name, place = subject.entry.definition_name, subject.files
+    staged = {path: subject.dataset / path for path in place.staged(subject.dataset)}
+    if place.definition not in staged:
+        raise PublishError(f"{name}: {subject.dataset / place.definition} is not staged")
+    collected, rows = None, []
     if subject.collected.exists():
         collected = files.read_json_object(subject.collected, "the collection's provenance")
-        for line in (subject.dataset / subject.files.workloads).read_text().splitlines():
-            row = json.loads(line)["workload"]
-            seen = collected["provenance"]["workloads"].get(row["uuid"])
-            axes = ", ".join(f"{axis}={size}" for axis, size in row["axes"].items())
-            calls = seen["count"] if seen else "of another model"
-            workloads.append({"uuid": row["uuid"], "axes": axes, "calls": calls})
-    blobs = [path for path in staged if path.suffix == ".safetensors"]
-    listed = [path.as_posix() for path in staged if path.suffix != ".safetensors"]
-    if blobs:
-        listed.append(f"{subject.files.blobs}/ ({len(blobs)} blobs)")
-    title = f"Add {name}: {_contents(staged)}"
+        rows = list(_workloads(subject, collected["provenance"]["workloads"]))
+        for session in collected["provenance"]["sessions"]:
+            if session["model"].startswith("/"):
+                session["model"] = "a local folder"
+    request = subject.entry.fi_issue_url
     plot = subject.collected.with_suffix(".png")
     pictures = {f"{name}.png": plot} if collected and plot.exists() else {}
     body = _body(
         "dataset.md.j2",
         subject,
-        paths=listed,
+        checked=checked,
+        spec=subject.spec,
+        paths=_listed(staged, place),
         collected=collected,
-        workloads=workloads,
+        workloads=rows[:_MOST_ROWS],
+        more_workloads=max(0, len(rows) - _MOST_ROWS),
         pictures=pictures,
+        shown=subject.shown,
+        repo_id=subject.manifest.hf_repo_id,
+        request=public_address(request, subject.workspace) if request else "",
     )
-    post = Post(name, "dataset", DATASET_REPOSITORY, title, body, pictures=pictures)
+    title = f"Add {name}: {_contents(staged)}"
+    title = title if width(title) <= TITLE_LIMIT else f"Add {name}"[:TITLE_LIMIT]
+    log, attached = checked.log, ""
+    if not fits(body, log, BODY_LIMIT - width(f"\n\n{marker(name, 'dataset')}\n")):
+        whole = subject.collected.with_suffix(".log")
+        files.write_text(whole, f"{log.rstrip()}\n")
+        path = _attached(place)
+        staged[path], attached = whole, path.as_posix()
+    post = Post(
+        key=name,
+        kind="dataset",
+        repository=subject.repositories.dataset,
+        title=title,
+        body=body,
+        pictures=pictures,
+        log=log,
+        attached=attached,
+    )
     shas = subject.manifest.repo_shas
     message = (
         f"{title}\n\nModel: {subject.model}\nSGLang: {shas.sglang}\nFlashInfer: {shas.flashinfer}\n"
         f"Workload entries: {subject.entry.workload_entries or 0}\n"
     )
     return post, Branch(f"onboard/{name}", subject.dataset, message, staged)
+
+
+def _attached(place: DefinitionFiles) -> PurePosixPath:
+    """Return where a log goes that is too long for a text.
+
+    FlashInfer-Bench looks for JSON files in the folders that it knows, and into no other.
+    """
+    return PurePosixPath("logs", place.op_type, f"{place.name}.log")
+
+
+def _workloads(subject: Subject, seen: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the text says of each row."""
+    text = files.read_text(subject.dataset / subject.files.workloads, "the workloads")
+    for line in text.splitlines():
+        row = json.loads(line)["workload"]
+        axes = ", ".join(f"{axis}={size}" for axis, size in row["axes"].items())
+        calls = seen[row["uuid"]]["count"] if row["uuid"] in seen else "of another model"
+        yield {"uuid": row["uuid"], "axes": axes, "calls": calls}
+
+
+def _listed(staged: dict[PurePosixPath, Path], place: DefinitionFiles) -> list[str]:
+    blobs = [path for path in staged if path.suffix == ".safetensors"]
+    listed = [path.as_posix() for path in staged if path.suffix != ".safetensors"]
+    return [*listed, *([f"{place.blobs}/ ({len(blobs)} blobs)"] if blobs else [])]
 
 
 def _contents(staged: dict[PurePosixPath, Path]) -> str:
@@ -176,7 +262,7 @@ def coverage_pull_request(
     Args:
         subject: the kernel.
         bench_clone: clone of flashinfer-bench.
-        dataset_pr: URL of the dataset pull request.
+        dataset_pr: URL of the dataset pull request; empty if it is not open yet.
         edited: file to write the edited document to.
 
     Raises:
@@ -193,13 +279,19 @@ def coverage_pull_request(
     document.mark(heading, name, entry.op_type, status)
     files.write_text(edited, document.render())
     title = f"docs: mark {name} as covered for {heading}"
+    links = {"dataset_pr": dataset_pr, "fi_issue_url": entry.fi_issue_url}
+    shown = {key: public_address(url, subject.workspace) for key, url in links.items() if url}
     body = _body(
-        "coverage.md.j2", subject, status=status, path=COVERAGE_PATH, dataset_pr=dataset_pr
+        "coverage.md.j2",
+        subject,
+        status=status,
+        path=COVERAGE_PATH,
+        **{**dict.fromkeys(links, ""), **shown},
     )
     # The row is this model's; another model that needs the kernel has a row of its own.
     key = f"{name}.{subject.manifest.model_slug}"
-    post = Post(key, "coverage", BENCH_REPOSITORY, title, body)
-    message = f"{title}\n\nDataset pull request: {dataset_pr}\n"
+    post = Post(key, "coverage", subject.repositories.bench, title, body)
+    message = f"{title}\n\nDataset pull request: {shown.get('dataset_pr', 'to follow')}\n"
     changed = {PurePosixPath(COVERAGE_PATH): edited}
     return post, Branch(f"feat/def-{key}", bench_clone, message, changed)
 
@@ -235,7 +327,7 @@ def kernel_request(subject: Subject) -> Post:
     return Post(
         key=entry.definition_name,
         kind="kernel-request",
-        repository=FLASHINFER_REPOSITORY,
+        repository=subject.repositories.flashinfer,
         title=title,
         body=body,
         labels=("enhancement", "kernel-request"),
@@ -307,7 +399,7 @@ def template_request(subject: Subject) -> Post:
     return Post(
         key=api,
         kind="template-request",
-        repository=FLASHINFER_REPOSITORY,
+        repository=subject.repositories.flashinfer,
         title=f"trace: add @flashinfer_api(trace=...) for {api}",
         body=body,
         labels=("enhancement", "flashinfer-trace"),
@@ -338,7 +430,7 @@ def sglang_pull_request(subject: Subject) -> Post:
     return Post(
         entry.definition_name,
         "sglang",
-        SGLANG_REPOSITORY,
+        subject.repositories.sglang,
         f"feat: integrate FlashInfer {entry.op_type} for {subject.model}",
         body,
     )

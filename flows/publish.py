@@ -1,0 +1,226 @@
+"""`onboard publish`: phase 4 by itself, and its checklist."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.command import AsJson, Workspace, print_table, reported
+from tasks.errors import InputError, OnboardError
+
+if TYPE_CHECKING:
+    from tasks.manifest import KernelEntry, RunManifest
+    from tasks.publish.base import Checklist
+    from tasks.request import OnboardRequest
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(publish)
+
+
+@reported
+def publish(
+    *,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Run manifest [default: all in the workspace].")
+    ] = None,
+    definitions: Annotated[
+        list[str] | None,
+        typer.Option(help="Definitions, comma-separated or repeated [default: all complete ones]."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Go through the checklists; open nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    workspace: Workspace = None,
+) -> int:
+    """Open the pull requests of what is complete (phase 4)."""
+    names = [name.strip() for item in definitions or () for name in item.split(",")]
+    names = [name for name in names if name]
+    if definitions and not names:
+        raise InputError("--definitions: names no definition")
+    work = _Work.found(_manifests(manifest, workspace), names)
+    return _check(work, as_json=as_json) if check else _publish(work, as_json=as_json)
+
+
+def _manifests(manifest: Path | None, workspace: Path | None) -> list[Path]:
+    from tasks import settings
+
+    if manifest is not None:
+        return [manifest.absolute()]
+    folder = settings.load_settings(workspace).workspace
+    paths = sorted(folder.glob("onboard_*.json"))
+    if not paths:
+        raise InputError(f"{folder}: has no run manifest (onboard_*.json)")
+    return paths
+
+
+class _Work:
+    """What to publish of a run."""
+
+    def __init__(self, path: Path, run: RunManifest, names: Sequence[str]) -> None:
+        from tasks.request import OnboardRequest, remaining_steps
+
+        self.path, self.run = path, run
+        self.request: OnboardRequest = OnboardRequest(
+            model_name=run.model_slug,
+            hf_repo_id=run.hf_repo_id,
+            workspace=path.parent,
+            phases=(4,),
+        )
+        self.entries: list[KernelEntry] = [
+            entry
+            for entry in run.kernels
+            if (
+                entry.definition_name in names
+                if names
+                else remaining_steps(run, entry, self.request)
+            )
+        ]
+
+    @classmethod
+    def found(cls, paths: Sequence[Path], names: Sequence[str]) -> list[_Work]:
+        """Return what there is to publish of some runs.
+
+        Raises:
+            InputError: a manifest is damaged, or none has one of the names.
+        """
+        from tasks import manifest as manifests
+
+        work = [cls(path, manifests.load(path), names) for path in paths]
+        known = {entry.definition_name for part in work for entry in part.entries}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            where = ", ".join(str(path) for path in paths)
+            raise InputError(f"--definitions: {where} has no kernel named {', '.join(unknown)}")
+        return work
+
+
+def _check(work: Sequence[_Work], *, as_json: bool) -> int:
+    checked = {
+        part.path: {entry.definition_name: list(_checklists(part, entry)) for entry in part.entries}
+        for part in work
+    }
+    if as_json:
+        typer.echo(json.dumps([_shown(path, lists) for path, lists in checked.items()], indent=2))
+    else:
+        _print(checked)
+    lists = [found for of in checked.values() for both in of.values() for found in both]
+    return 1 if any(found.failed for found in lists) else 0
+
+
+def _checklists(part: _Work, entry: KernelEntry) -> Iterator[Checklist]:
+    """Yield the checklists of a definition's pair of pull requests."""
+    from tasks import settings
+    from tasks.publish import checklist, render
+    from tasks.publish.base import Checklist, Finding
+    from tasks.publish.render import Subject
+
+    options = settings.load_settings(part.path.parent)
+    subject = Subject.of(part.run, entry, options)
+    dataset = checklist.check_dataset(subject)
+    yield dataset
+    if dataset.failed:
+        return
+    pulls = part.run.phase4.get(entry.definition_name)
+    opened = (pulls.flashinfer_trace_pr if pulls else None) or ""
+    with tempfile.TemporaryDirectory(prefix="onboard-coverage-") as folder:
+        edited = Path(folder, "model_coverage.mdx")
+        clone = options.clone("flashinfer_bench")
+        try:
+            post, branch = render.coverage_pull_request(subject, clone, opened, edited)
+            yield checklist.check_coverage(subject, post, branch, opened)
+        except OnboardError as error:
+            wrong = Finding("document", ok=False, message=f"cannot be edited: {error}")
+            yield Checklist(entry.definition_name, "coverage", (wrong,))
+
+
+def _shown(path: Path, lists: dict[str, list[Checklist]]) -> dict[str, Any]:
+    definitions = [
+        {
+            "definition": name,
+            "ready": not any(found.failed for found in both),
+            **{
+                found.kind: [
+                    {
+                        "item": item.item,
+                        "ok": item.ok,
+                        "blocks": item.blocks,
+                        "message": item.message,
+                    }
+                    for item in found.findings
+                ]
+                for found in both
+            },
+        }
+        for name, both in lists.items()
+    ]
+    return {"manifest": str(path), "definitions": definitions}
+
+
+def _print(checked: dict[Path, dict[str, list[Checklist]]]) -> None:
+    ready = 0
+    for lists in checked.values():
+        for name, both in lists.items():
+            failed = any(found.failed for found in both)
+            ready += not failed
+            typer.echo(f"{name}: {'not ready' if failed else 'ready'}")
+            for found in both:
+                for item in found.findings:
+                    mark = "x" if item.ok else "!" if item.blocks else "?"
+                    line = f"  [{mark}] {found.kind}, {item.item}: {item.message}"
+                    typer.secho(line, fg="red" if item.failed else None if item.ok else "yellow")
+    number = sum(map(len, checked.values()))
+    typer.echo(
+        f"{ready} of {number} definitions may be published" if number else "nothing to publish"
+    )
+
+
+def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
+    from rich.console import Console
+
+    from flows.embedded import prefect_server
+    from tasks import manifest as manifests
+
+    if not any(part.entries for part in work):
+        typer.echo("[]" if as_json else "nothing to publish")
+        return 0
+    with prefect_server(work[0].path.parent):
+        from flows.kernel import onboard_kernel
+        from flows.progress import log_lines
+
+        with log_lines(Console(stderr=True)):
+            for part in work:
+                for entry in part.entries:
+                    name = entry.definition_name
+                    manifests.update_kernel(part.path, name)  # an earlier error is forgotten
+                    # What fails is in the manifest then, and stops no other.
+                    onboard_kernel(part.request, part.path, name, return_state=True)
+    rows = []
+    for part in work:
+        run = manifests.load(part.path)
+        for entry in part.entries:
+            now, pulls = run.kernel(entry.definition_name), run.phase4.get(entry.definition_name)
+            rows.append(
+                {
+                    "definition": entry.definition_name,
+                    "state": run.state(now),
+                    "dataset": (pulls.flashinfer_trace_pr if pulls else None) or "-",
+                    "coverage": (pulls.flashinfer_bench_pr if pulls else None) or "-",
+                    "error": now.error or "",
+                }
+            )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_table("Published", [{k: v for k, v in row.items() if k != "error"} for row in rows])
+        for row in rows:
+            if row["error"]:
+                typer.secho(f"failed: {row['error']}", fg="red")
+    return 1 if any(row["error"] for row in rows) else 0
