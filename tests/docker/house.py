@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -46,6 +46,8 @@ class House:
     workers: dict[str, Service]
     """By pool."""
     engine: docker.DockerClient
+    store: Path
+    """Shared with the containers."""
     workspace: Path
     gpu_locks: Path
     label: str
@@ -118,7 +120,11 @@ def _webhook(told: list[str]) -> Iterator[str]:
 
 @contextmanager
 def open_house(
-    folder: Path, cloned: Path, engine: docker.DockerClient, worker_image: str
+    folder: Path,
+    cloned: Path,
+    engine: docker.DockerClient,
+    worker_image: str,
+    options: Sequence[str] = (),
 ) -> Iterator[House]:
     """Have it while the block runs.
 
@@ -127,6 +133,7 @@ def open_house(
         cloned: a workspace to copy.
         engine: the Docker engine.
         worker_image: of the gpu pool's containers.
+        options: more of `bootstrap.py`'s.
     """
     for name in ("store/results", "huggingface", "kernel-cache", "gpu-locks", "secrets"):
         (folder / name).mkdir(parents=True)
@@ -137,7 +144,10 @@ def open_house(
         "user": "0",  # the folders are this test's user's
         "shm_size": "256m",
         "ulimits": [{"name": "nofile", "soft": 1024, "hard": 1024}],
-        "volumes": [f"{ROOT / 'tests' / 'fakes'}:/opt/fakes:ro"],
+        "volumes": [
+            f"{ROOT / 'tests' / 'fakes'}:/opt/fakes:ro",
+            f"{ROOT / 'tests' / 'docker' / 'flows'}:/opt/tests:ro",
+        ],
         "env": {"PYTHONPATH": "/opt/app:/opt/fakes", **_OFTEN},
         "labels": {"onboard.test": folder.name},
     }
@@ -160,6 +170,7 @@ def open_house(
                     f"--control-variable=working_dir={ROOT}",
                     f"--control-variable=env={json.dumps(_OFTEN)}",
                     f"--lost-after={LOST_AFTER_SECONDS / 60}",
+                    *options,
                 ],
                 env=prefect.environment(PYTHONPATH=str(ROOT), **outside),
                 check=True,
@@ -178,6 +189,7 @@ def open_house(
             database=kept,
             workers=workers,
             engine=engine,
+            store=folder / "store",
             workspace=workspace,
             gpu_locks=folder / "gpu-locks",
             label=f"onboard.test={folder.name}",
