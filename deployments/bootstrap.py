@@ -246,7 +246,7 @@ def automations(lost: timedelta, notify: str | None) -> Iterator[AutomationCore]
             SendNotification(
                 block_document_id=block.save(NOTIFY, overwrite=True),
                 subject="GPU run {{ flow_run.name }} failed",
-                body="{{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+                body="{{ flow_run.state.message }}\n{{ (flow_run|ui_url) or flow_run.id }}",
             )
         ],
     )

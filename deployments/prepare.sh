@@ -33,6 +33,12 @@ chmod 777 "$HOME_FOLDER/gpu-locks" # everyone who uses these GPUs locks here
 
 secrets=$HOME_FOLDER/secrets
 mkdir -p "$secrets"
+# Tokens to publish with, for the control worker only; empty without one. Given again, they replace.
+for name in github_token hf_token; do
+    variable=ONBOARD_${name^^}
+    [[ -z ${!variable:-} ]] || rm -f "$secrets/$name"
+    put "$secrets/$name" <<< "${!variable:-}"
+done
 if [[ ! -e $secrets/client.toml ]]; then
     password="admin:$(secret)"
     put "$secrets/database_password" <<< "$(secret)"

@@ -160,26 +160,42 @@ def _until_interrupted() -> None:
 
 
 def _print_report(report: Report) -> None:
-    from tasks.manifest import NEEDS_REFERENCE, Route
+    from tasks.manifest import Route
 
     rows = [report.row(entry) for entry in report.run.kernels]
     for row in rows:
         del row["op type"]  # lines are long, and names begin with it or say it
     print_table(f"Kernels of {report.run.model_slug}", rows)
+    _print_what_waits(report)
     for entry in report.run.kernels:
-        if entry.error:
-            typer.secho(f"failed: {entry.error}", fg="red")
-        elif report.run.state(entry) == NEEDS_REFERENCE:
-            typer.echo(f"needs a reference: {entry.definition_name}: {report.reason(entry)}")
-        elif report.run.state(entry) == "waiting":
-            typer.echo(f"waiting: {entry.definition_name} for {entry.sglang_pr_url}")
-        elif entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
+        if entry.route is Route.REQUEST_KERNEL and entry.fi_issue_url:
             typer.echo(f"requested: {entry.definition_name}: {entry.fi_issue_url}")
         if entry.fi_trace_template_request_url:
             url = entry.fi_trace_template_request_url
             typer.echo(f"template requested: {entry.definition_name}: {url}")
     for item in report.not_produced:
         typer.echo(f"not produced: {item}")
+    _print_end(report)
+
+
+def _print_what_waits(report: Report) -> None:
+    from flows.report import REFUSED, printed
+    from tasks.manifest import NEEDS_REFERENCE
+
+    for entry in report.run.kernels:
+        name, state = entry.definition_name, report.run.state(entry)
+        if entry.error:
+            typer.secho(f"failed: {entry.error}", fg="red")
+        elif state == NEEDS_REFERENCE:
+            typer.echo(f"needs a reference: {name}: {report.reason(entry)}")
+        elif state in REFUSED:
+            what = state.replace("_", " ")
+            typer.secho(f"{what}: {name}: {report.reason(entry, printed)}", fg="yellow")
+        elif state == "waiting":
+            typer.echo(f"waiting: {name} {report.summary(entry).removeprefix('waits ')}")
+
+
+def _print_end(report: Report) -> None:
     typer.echo(f"Report: {report.counts}")
     typer.echo(f"Manifest: {report.path}")
 
@@ -188,10 +204,11 @@ def _dry_run(request: OnboardRequest) -> int:
     """Take the inventory in a temporary folder and say what a run would do."""
     from flows.rehearsal import rehearse
     from flows.report import Report
-    from tasks.request import remaining_steps
+    from tasks.request import check_sglang_pr, remaining_steps
 
     with tempfile.TemporaryDirectory(prefix="onboard-dry-run-") as folder:
         run, path = rehearse(request, Path(folder), typer.echo)
+    check_sglang_pr(request, run)
     report = Report(run, path)
     _print_report(report)
     typer.echo("Would do:")
@@ -386,42 +403,64 @@ def status(
     manifest_file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MANIFEST]", help="A run manifest [default: all in the workspace]."
+            metavar="[MANIFEST]",
+            help="A run manifest [default: the newest of each model in the workspace].",
         ),
     ] = None,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="First ask GitHub and the Hub what has become of it all.")
+    ] = False,
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> int:
-    """Show where every kernel of a run stands; the exit code is the run's."""
+    """Show where every kernel stands, and what was published; the exit code is the run's."""
     from flows.report import Report
     from tasks import manifest, settings
 
     paths = [manifest_file] if manifest_file else []
     if not paths:
         folder = settings.load_settings(workspace).workspace
-        paths = sorted(folder.glob("onboard_*.json"))
+        paths = sorted(manifest.newest(folder).values())
         if not paths:
-            raise InputError(f"{folder}: has no run manifest (onboard_*.json)")
+            raise InputError(f"{folder}: has no run manifest (onboard_MODEL_DATE.json)")
+    if ask:
+        _ask(paths)
     reports = [Report(manifest.load(path), path) for path in paths]
     if as_json:
-        shown = [
-            {
-                "manifest": str(report.path),
-                "model_slug": report.run.model_slug,
-                "states": dict(report.states),
-                "kernels": [
-                    {**row, "links": report.links(entry), "error": entry.error}
-                    for row, entry in zip(report.inventory(), report.run.kernels, strict=True)
-                ],
-            }
-            for report in reports
-        ]
-        typer.echo(json.dumps(shown, indent=2))
+        typer.echo(json.dumps([report.data() for report in reports], indent=2))
     else:
         for report in reports:
-            _print_report(report)
+            _print_status(report)
     codes = {report.exit_code for report in reports}
     return 1 if 1 in codes else max(codes)
+
+
+def _print_status(report: Report) -> None:
+    from flows.report import REFUSED, printed
+
+    print_table(f"Kernels of {report.run.model_slug}", report.status())
+    _print_what_waits(report)
+    for entry in report.run.kernels:
+        if report.run.state(entry) not in REFUSED:  # these have been quoted
+            for kind, words in report.words(entry).items():
+                typer.echo(f"said: {entry.definition_name}: {kind}: {printed(words)}")
+    _print_end(report)
+
+
+def _ask(paths: Sequence[Path]) -> None:
+    from tasks import manifest, settings
+    from tasks.publish import watch
+    from tasks.publish.publishers import Publishers
+
+    for path in paths:
+        options = settings.load_settings(path.absolute().parent)
+        found = watch.look(manifest.load(path), watch.Sites(Publishers.of(options).state_of))
+        watch.record(path, found.told)
+        for reason in found.failed.values():
+            typer.echo(f"onboard: warning: {reason}", err=True)
+        if found.not_asked:
+            where = ", ".join(found.not_asked)
+            typer.echo(f"onboard: warning: no token to ask with: {where}", err=True)
 
 
 @app.command()

@@ -84,7 +84,8 @@ def _onboard(request: OnboardRequest, path: Path, name: str) -> None:
             return
         _request_upstream(steps, path, name)
     if Step.PREPARE_SGLANG in steps:
-        prepare_sglang(path, name)
+        named = {e.definition_name: url for e in run.kernels if (url := request.sglang_pr_of(e))}
+        prepare_sglang(path, name, named)
     if Step.COLLECT in steps:
         collect(path, name, recorded_dumps(request, path.parent))
         evaluate(request, path, name)

@@ -23,7 +23,10 @@ _STYLE = {
     "failed": "red",
     "waiting": "yellow",
     "needs_reference": "yellow",
+    "changes_requested": "yellow",
+    "rejected": "red",
     "published": "green",
+    "merged": "green",
     "existing": "dim",
     "collected": "cyan",
 }

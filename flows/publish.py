@@ -16,7 +16,7 @@ from tasks.errors import InputError, OnboardError
 if TYPE_CHECKING:
     from tasks.manifest import KernelEntry, RunManifest
     from tasks.publish.base import Checklist
-    from tasks.request import OnboardRequest
+    from tasks.request import OnboardRequest, Step
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +40,7 @@ def publish(
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> int:
-    """Open the pull requests of what is complete (phase 4)."""
+    """Open the pull requests of what is complete, and what is to be asked upstream (phase 4)."""
     names = [name.strip() for item in definitions or () for name in item.split(",")]
     names = [name for name in names if name]
     if definitions and not names:
@@ -65,10 +65,10 @@ class _Work:
     """What to publish of a run."""
 
     def __init__(self, path: Path, run: RunManifest, names: Sequence[str]) -> None:
-        from tasks.request import OnboardRequest, remaining_steps
+        from tasks.request import parse_request
 
-        self.path, self.run = path, run
-        self.request: OnboardRequest = OnboardRequest(
+        self.path, self.run, self.names = path, run, names
+        self.request: OnboardRequest = parse_request(
             model_name=run.model_slug,
             hf_repo_id=run.hf_repo_id,
             workspace=path.parent,
@@ -77,12 +77,23 @@ class _Work:
         self.entries: list[KernelEntry] = [
             entry
             for entry in run.kernels
-            if (
-                entry.definition_name in names
-                if names
-                else remaining_steps(run, entry, self.request)
-            )
+            if (entry.definition_name in names if names else self.steps(entry))
         ]
+
+    def steps(self, entry: KernelEntry) -> tuple[Step, ...]:
+        """Return what is left to do for a kernel."""
+        from tasks.request import remaining_steps
+
+        return remaining_steps(self.run, entry, self.request)
+
+    @property
+    def pairs(self) -> list[KernelEntry]:
+        """The kernels with a pair of pull requests to open; those that somebody named."""
+        from tasks.request import Step
+
+        if self.names:
+            return self.entries
+        return [entry for entry in self.entries if Step.PUBLISH_COVERAGE in self.steps(entry)]
 
     @classmethod
     def found(cls, paths: Sequence[Path], names: Sequence[str]) -> list[_Work]:
@@ -104,7 +115,7 @@ class _Work:
 
 def _check(work: Sequence[_Work], *, as_json: bool) -> int:
     checked = {
-        part.path: {entry.definition_name: list(_checklists(part, entry)) for entry in part.entries}
+        part.path: {entry.definition_name: list(_checklists(part, entry)) for entry in part.pairs}
         for part in work
     }
     if as_json:
@@ -120,7 +131,10 @@ def _checklists(part: _Work, entry: KernelEntry) -> Iterator[Checklist]:
     from tasks import settings
     from tasks.publish import checklist, render
     from tasks.publish.base import Checklist, Finding
+    from tasks.publish.publishers import sends_to_github, sends_to_hub
     from tasks.publish.render import Subject
+    from tasks.publish.requested import is_public
+    from tasks.request import Step
 
     options = settings.load_settings(part.path.parent)
     subject = Subject.of(part.run, entry, options)
@@ -130,12 +144,15 @@ def _checklists(part: _Work, entry: KernelEntry) -> Iterator[Checklist]:
         return
     pulls = part.run.phase4.get(entry.definition_name)
     opened = (pulls.flashinfer_trace_pr if pulls else None) or ""
+    if Step.PUBLISH_DATASET in part.steps(entry):
+        opened = ""
+    upstream = sends_to_github(options) and (is_public(opened) or sends_to_hub(options))
     with tempfile.TemporaryDirectory(prefix="onboard-coverage-") as folder:
         edited = Path(folder, "model_coverage.mdx")
         clone = options.clone("flashinfer_bench")
         try:
             post, branch = render.coverage_pull_request(subject, clone, opened, edited)
-            yield checklist.check_coverage(subject, post, branch, opened)
+            yield checklist.check_coverage(subject, post, branch, opened, upstream=upstream)
         except OnboardError as error:
             wrong = Finding("document", ok=False, message=f"cannot be edited: {error}")
             yield Checklist(entry.definition_name, "coverage", (wrong,))
@@ -182,6 +199,21 @@ def _print(checked: dict[Path, dict[str, list[Checklist]]]) -> None:
     )
 
 
+def _update_document(workspace: Path) -> None:
+    """Bring the clone with the coverage document up to date, or say why it is not."""
+    from tasks import settings
+    from tasks.repos import clone
+
+    options, name = settings.load_settings(workspace), "flashinfer_bench"
+    try:
+        found = clone.update(name, options.remotes.flashinfer_bench, options.clone(name))
+        warning = found.warning
+    except OnboardError as error:
+        warning = str(error)
+    if warning:
+        typer.echo(f"onboard: warning: {warning}", err=True)
+
+
 def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
     from rich.console import Console
 
@@ -191,7 +223,11 @@ def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
     if not any(part.entries for part in work):
         typer.echo("[]" if as_json else "nothing to publish")
         return 0
+    for workspace in {part.path.parent for part in work if part.pairs}:
+        _update_document(workspace)
     with prefect_server(work[0].path.parent):
+        from prefect import tags
+
         from flows.kernel import onboard_kernel
         from flows.progress import log_lines
 
@@ -201,19 +237,25 @@ def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
                     name = entry.definition_name
                     manifests.update_kernel(part.path, name)  # an earlier error is forgotten
                     # What fails is in the manifest then, and stops no other.
-                    onboard_kernel(part.request, part.path, name, return_state=True)
+                    with tags(f"model:{part.run.model_slug}", f"kernel:{name}"):
+                        onboard_kernel(part.request, part.path, name, return_state=True)
     rows = []
     for part in work:
         run = manifests.load(part.path)
         for entry in part.entries:
-            now, pulls = run.kernel(entry.definition_name), run.phase4.get(entry.definition_name)
+            now = run.kernel(entry.definition_name)
+            links = run.links(now)
+            pair = {kind: links.pop(kind, "-") for kind in ("dataset", "coverage")}
+            error = now.error or ""
+            if not part.steps(entry) and "-" in pair.values():
+                error = f"{entry.definition_name}: there is nothing to publish of it yet"
             rows.append(
                 {
                     "definition": entry.definition_name,
                     "state": run.state(now),
-                    "dataset": (pulls.flashinfer_trace_pr if pulls else None) or "-",
-                    "coverage": (pulls.flashinfer_bench_pr if pulls else None) or "-",
-                    "error": now.error or "",
+                    **pair,
+                    "requests": ", ".join(links.values()) or "-",
+                    "error": error,
                 }
             )
     if as_json:

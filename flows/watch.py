@@ -1,12 +1,15 @@
 """What waits for upstream goes on when upstream has moved: `watch-upstream`.
 
-A kernel that FlashInfer or SGLang lacked is classified anew when their sources have changed since
-its model was last looked at; the run that is started for it does what is left.
+What has become of all pull requests and issues is read and recorded. A kernel that FlashInfer or
+SGLang lacked is classified anew when it was asked for with success, or when their sources have
+changed since its model was last looked at; the run that is started for it does what is left.
+Coverage pull requests are kept such that they merge: others edit the same document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import flow, get_run_logger
@@ -15,11 +18,17 @@ from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict
 
 from flows.dispatch import check_crashes, deployed
+from flows.kernel import show
 from flows.nightly import start_model
+from flows.onboard import report
 from flows.sources import update_all
 from tasks import manifest
 from tasks.errors import InputError, OnboardError
-from tasks.manifest import RunManifest
+from tasks.manifest import Route, RunManifest
+from tasks.publish import watch
+from tasks.publish.publishers import Publishers
+from tasks.publish.task import publish_coverage
+from tasks.publish.watch import Look, Sites
 from tasks.request import (
     OnboardRequest,
     SkipWorkload,
@@ -28,8 +37,15 @@ from tasks.request import (
     for_the_form,
     parse_request,
 )
+from tasks.settings import load_settings
+from tasks.step import step
 
-_DECIDING = ("sglang", "flashinfer")
+_NAMES = {"sglang": "SGLang", "flashinfer": "FlashInfer"}
+_DECIDING = {
+    Route.AWAIT_SGLANG: frozenset({"sglang", "flashinfer"}),
+    Route.REQUEST_KERNEL: frozenset({"flashinfer"}),
+}
+"""What a kernel waits for -> the sources that decide whether it goes on."""
 
 
 class WatchRequest(BaseModel):
@@ -46,16 +62,27 @@ class Watched(BaseModel):
     """What a look came to."""
 
     started: dict[str, str] = {}
-    """Model slug -> the id of its `onboard-model` run."""
+    """Model slug -> the id of its `onboard-model` run, whichever look started it."""
     waiting: dict[str, str] = {}
     """Model slug -> why it goes on waiting."""
+    rebased: list[str] = []
+    """The definitions whose coverage pull request was seen to."""
+    failed: dict[str, str] = {}
+    """What could not be asked for or seen to -> why."""
+
+    @property
+    def counts(self) -> str:
+        """Say it in a line."""
+        failed = f", {len(self.failed)} could not be looked after" if self.failed else ""
+        return f"{len(self.started)} models go on, {len(self.waiting)} wait{failed}"
 
 
 @flow(
     name="watch-upstream",
     description=(
-        "Bring the sources up to date; where kernels wait for SGLang or FlashInfer and those have "
-        "changed since, start onboard-model for their model, which goes on where it can."
+        "Read what has become of all pull requests and issues, and bring the sources up to date; "
+        "where kernels wait for SGLang or FlashInfer and those have moved since, start "
+        "onboard-model for their model, which goes on where it can."
     ),
 )
 def watch_upstream(request: WatchRequest) -> State[Watched]:
@@ -67,37 +94,154 @@ def watch_upstream(request: WatchRequest) -> State[Watched]:
     if not deployed():
         raise InputError("watch-upstream starts runs of deployments; use onboard run instead")
     check_crashes(request.workspace)
-    shas = update_all(request.workspace)
-    commits = {name: shas[name] for name in _DECIDING}
-    found = Watched()
-    for run in waiting(request.workspace):
+    shas = update_all(request.workspace, ["flashinfer_bench"])
+    sites = Sites(Publishers.of(load_settings(request.workspace)).state_of)
+    watched = _Round(request, shas, sites)
+    for path, run in newest(request.workspace):
+        watched.look_after(path, run)
+    return Completed(message=watched.found.counts, data=watched.found)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One round of looks; what fails for one model, or one definition, stops no other."""
+
+    request: WatchRequest
+    shas: Mapping[str, str]
+    sites: Sites
+    found: Watched = field(default_factory=Watched)
+
+    def look_after(self, path: Path, before: RunManifest) -> None:
+        """Read what has become of a model's publications, and do what follows from it."""
         try:
-            asked = going_on(run, commits, request)
+            seen = read_upstream(path, self.sites)
+            run = manifest.load(path)
+        except OnboardError as error:
+            self._failed(before.model_slug, error)
+            return
+        self.found.failed |= seen.failed
+        show_news(path, before, run)
+        if self.request.submit_prs:
+            self._rebase(path, watch.behind(run, seen.told, self.shas["flashinfer_bench"]))
+        if any(awaited(run)):
+            self._go_on(run)
+
+    def _rebase(self, path: Path, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                rebase_coverage(path, name, self.shas["flashinfer_bench"])
+                self.found.rebased.append(name)
+            except OnboardError as error:
+                self._failed(name, error)
+
+    def _go_on(self, run: RunManifest) -> None:
+        try:
+            asked = going_on(run, self.shas, self.request)
         except InputError as error:
-            found.waiting[run.model_slug] = str(error)
+            self.found.waiting[run.model_slug] = str(error)
             get_run_logger().info("%s: %s", run.model_slug, error)
         else:
-            commit = "-".join(commits.values())
-            found.started[run.model_slug] = start_model(asked, commit, "upstream")
-    message = f"{len(found.started)} models go on, {len(found.waiting)} wait"
-    return Completed(message=message, data=found)
+            commit = f"{self.shas['sglang']}-{self.shas['flashinfer']}"
+            self.found.started[run.model_slug] = start_model(asked, commit, "upstream")
+
+    def _failed(self, what: str, error: OnboardError) -> None:
+        self.found.failed[what] = str(error)
+        get_run_logger().warning("%s: %s", what, error)
 
 
-def waiting(workspace: Path) -> Iterator[RunManifest]:
-    """Yield the newest manifest of each model that has kernels waiting; pass over damaged ones.
+def newest(workspace: Path) -> Iterator[tuple[Path, RunManifest]]:
+    """Yield the newest manifest of each model; pass over damaged ones.
 
     Args:
         workspace: where they are.
     """
-    for path in sorted(workspace.glob("onboard_*.json")):
+    for path in sorted(manifest.newest(workspace).values()):
         try:
-            run = manifest.load(path)
+            yield path, manifest.load(path)
         except OnboardError as error:
             get_run_logger().warning("%s", error)
-            continue
-        newest = path == manifest.latest(workspace, run.model_slug)
-        if newest and any(run.state(entry) == "waiting" for entry in run.kernels):
-            yield run
+
+
+@step(
+    4,
+    "read-upstream",
+    "Read what has become of everything that was published for a model, and record it.",
+    run_name="{path.stem}",
+    once=False,
+)
+def read_upstream(path: Path, sites: Sites) -> Look:
+    """Ask for everything that may have changed, and record it.
+
+    Args:
+        path: the run manifest.
+        sites: who is asked.
+    """
+    log = get_run_logger()
+    seen = watch.look(manifest.load(path), sites)
+    watch.record(path, seen.told)
+    for reason in seen.failed.values():
+        log.warning("%s", reason)
+    for url in seen.not_asked:
+        log.info("%s: there is no token to ask with", url)
+    log.info("%d of %d asked for", len(seen.told), len(seen.told) + len(seen.failed))
+    return seen
+
+
+def show_news(path: Path, before: RunManifest, after: RunManifest) -> None:
+    """Let the artifacts say what is new.
+
+    Args:
+        path: the run manifest.
+        before: what it was.
+        after: what it is.
+    """
+    names = watch.news(before, after)
+    for name in names:
+        became = {
+            kind: known.state
+            for kind, url in after.links(after.kernel(name)).items()
+            if (known := after.upstream_of(url))
+        }
+        get_run_logger().info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in became.items()))
+        show(path, name)
+    if names:
+        report(path)
+
+
+@step(
+    4,
+    "rebase-coverage",
+    "See that an open coverage pull request merges with the document as it is now.",
+    run_name="{name}",
+    once=False,
+)
+def rebase_coverage(path: Path, name: str, base: str) -> str:
+    """Open the coverage pull request again, which updates it where it would conflict.
+
+    Args:
+        path: the run manifest.
+        name: the definition.
+        base: the commit that the document is of.
+    """
+    pulls = manifest.load(path).phase4[name]
+    url = publish_coverage.fn(path, name, pulls.flashinfer_trace_pr or "")
+    watch.record_base(path, url, base)
+    return url
+
+
+def awaited(run: RunManifest) -> Iterator[tuple[Route, str]]:
+    """Yield what a model's kernels wait for, and where it was asked for.
+
+    Args:
+        run: the model's manifest.
+    """
+    for entry in run.kernels:
+        urls = {
+            Route.AWAIT_SGLANG: entry.sglang_pr_url,
+            Route.REQUEST_KERNEL: entry.fi_issue_url,
+        }
+        if url := urls.get(entry.route):
+            yield entry.route, url
 
 
 def going_on(run: RunManifest, commits: Mapping[str, str], request: WatchRequest) -> OnboardRequest:
@@ -105,7 +249,7 @@ def going_on(run: RunManifest, commits: Mapping[str, str], request: WatchRequest
 
     Args:
         run: the model's manifest.
-        commits: of the sources that decide whether they may.
+        commits: of the sources.
         request: what to do with them.
 
     Raises:
@@ -114,8 +258,15 @@ def going_on(run: RunManifest, commits: Mapping[str, str], request: WatchRequest
     if run.hf_repo_id is None:
         raise InputError("its config is not on the Hub: start onboard-model with it by hand")
     then = run.repo_shas.model_dump()
-    if all(then.get(name) == commit for name, commit in commits.items()):
-        raise InputError("neither SGLang nor FlashInfer has changed")
+    deciding = {name for route, _ in awaited(run) for name in _DECIDING[route]}
+    answered = any(
+        (known := run.upstream_of(url)) and known.state in {"merged", "closed"}
+        for _, url in awaited(run)
+    )
+    if not answered and all(then.get(name) == commits[name] for name in deciding):
+        names = [title for name, title in _NAMES.items() if name in deciding]
+        neither = f"neither {' nor '.join(names)} has" if len(names) > 1 else f"{names[0]} has not"
+        raise InputError(f"{neither} changed")
     return parse_request(
         model_name=run.model_slug,
         hf_repo_id=run.hf_repo_id,

@@ -101,7 +101,8 @@ def run(
         raise GitError(f"git {args[0]} did not finish in {timeout:.0f} s") from error
     if done.returncode:
         lines = [x for x in done.stderr.decode(errors="replace").splitlines() if x.strip()]
-        reason = next((x for x in lines if x.startswith(("fatal:", "error:"))), "")
+        told = (" ! ", "fatal:", "error:")  # the first one: why a push was refused
+        reason = next((x for start in told for x in lines if x.startswith(start)), "")
         reason = reason or (lines[-1] if lines else f"exit status {done.returncode}")
         raise GitError(redact(f"git {args[0]}: {reason}"))
     return done.stdout

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from tasks import files
 from tasks.errors import ManifestError, first_problem
@@ -69,6 +76,8 @@ class KernelEntry(BaseModel):
     """Ours: the cases in which the reference agreed with an independent computation."""
     phase2_versions: dict[str, str] | None = None
     """Ours: the packages the definition was made and proved with."""
+    phase2_fingerprint: str | None = None
+    """Ours: a digest of the definition and the test that the proof is of."""
     phase3_status: str | None = None
     workload_entries: int | None = Field(default=None, ge=0)
 
@@ -126,8 +135,10 @@ class Upstream(BaseModel):
     `rejected`: closed without being merged, or as not planned."""
     said: str | None = None
     """The reviewer's last words."""
-    checked: dt.datetime | None = None
+    checked: AwareDatetime | None = None
     """When this was seen."""
+    base: str | None = None
+    """Of a coverage pull request: the repository's commit with which it was last seen to merge."""
 
 
 class RunManifest(BaseModel):
@@ -180,16 +191,43 @@ class RunManifest(BaseModel):
     def state(self, entry: KernelEntry) -> str:
         """Say in a word or two how far a kernel has come; derived, never stored."""
         pulls = self.phase4.get(entry.definition_name, PullRequests())
-        facts = {
-            "existing": entry.route is Route.NOTHING,
-            "failed": entry.error,
-            "published": pulls.flashinfer_trace_pr and pulls.flashinfer_bench_pr,
-            "needs_reference": entry.phase2_status == NEEDS_REFERENCE,
-            "waiting": entry.route is Route.AWAIT_SGLANG and entry.sglang_pr_url,
-            "collected": entry.phase3_status == DONE,
-            "defined": entry.phase2_status == DONE,
+        pair = pulls.flashinfer_trace_pr, pulls.flashinfer_bench_pr
+        became = [found.state if (found := self.upstream_of(url)) else None for url in pair]
+        existing = entry.route is Route.NOTHING
+        awaited = entry.route is Route.AWAIT_SGLANG and self.upstream_of(entry.sglang_pr_url)
+        facts = (
+            ("failed", entry.error and not existing),
+            ("rejected", "rejected" in became),
+            ("changes_requested", "changes_requested" in became),
+            ("merged", became == ["merged", "merged"]),
+            ("existing", existing),
+            ("published", all(pair)),
+            ("needs_reference", entry.phase2_status == NEEDS_REFERENCE),
+            ("rejected", awaited and awaited.state == "rejected"),
+            ("waiting", entry.route is Route.AWAIT_SGLANG and entry.sglang_pr_url),
+            ("collected", entry.phase3_status == DONE),
+            ("defined", entry.phase2_status == DONE),
+        )
+        return next((state for state, holds in facts if holds), "new")
+
+    def links(self, entry: KernelEntry) -> dict[str, str]:
+        """Return what was published and asked for upstream for a kernel: kind -> URL."""
+        pulls = self.phase4.get(entry.definition_name, PullRequests())
+        found = {
+            "dataset": pulls.flashinfer_trace_pr,
+            "coverage": pulls.flashinfer_bench_pr,
+            "kernel request": entry.fi_issue_url,
+            "template request": entry.fi_trace_template_request_url,
+            "SGLang": entry.sglang_pr_url,
         }
-        return next((state for state, holds in facts.items() if holds), "new")
+        return {kind: url for kind, url in found.items() if url}
+
+    def upstream_of(self, url: str | None) -> Upstream | None:
+        """Return what is known of something published; None if nobody has looked yet."""
+        known = (self.upstream or {}).get(url or "")
+        # What is in the outbox waits for somebody to send it.
+        outbox = url and url.startswith("file:")
+        return known or (Upstream(state="manual") if outbox else None)
 
 
 def file_name(model_slug: str, date: dt.date) -> str:
@@ -357,7 +395,7 @@ def merge_discovery(
     for found in discovered:
         old = known.pop(found.definition_name, None)
         later = old.model_dump(exclude_unset=True, exclude=set(PHASE1_FIELDS)) if old else {}
-        if old and old.route in _DEFINITION_ALONE and found.route is not old.route:
+        if old and old.route in _DEFINITION_ALONE and found.route not in {old.route, Route.NOTHING}:
             # It was published as a definition alone; now there is more to it.
             later = {key: value for key, value in later.items() if not key.startswith("phase")}
             manifest.phase4.pop(found.definition_name, None)
@@ -402,9 +440,10 @@ def locate(workspace: Path, model_slug: str, hf_repo_id: str | None, today: dt.d
 
 def latest(workspace: Path, model_slug: str) -> Path | None:
     """Return the newest manifest of a model in the workspace, if there is one."""
-    found = [
-        path
-        for path in workspace.glob("onboard_*.json")
-        if (named := _FILE_NAME.fullmatch(path.name)) and named["slug"] == model_slug
-    ]
-    return max(found, key=lambda path: path.name) if found else None
+    return newest(workspace).get(model_slug)
+
+
+def newest(workspace: Path) -> dict[str, Path]:
+    """Return the newest manifest of each model in the workspace, by the model's slug."""
+    named = ((_FILE_NAME.fullmatch(path.name), path) for path in workspace.glob("onboard_*.json"))
+    return {name["slug"]: path for name, path in sorted(named, key=lambda pair: pair[1]) if name}

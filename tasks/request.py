@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tasks.errors import InputError
 from tasks.files import safe_name
 from tasks.git import redact
-from tasks.manifest import DONE, KernelEntry, Route, RunManifest
-from tasks.settings import REPOSITORY, load_settings
+from tasks.manifest import DONE, NEEDS_REFERENCE, KernelEntry, PullRequests, Route, RunManifest
+from tasks.publish.outbox import can_be_sent
+from tasks.publish.publishers import sends_to_github, sends_to_hub
+from tasks.publish.requested import is_public
+from tasks.settings import REPOSITORY, Settings, load_settings
 
 ALL_PHASES = (0, 1, 2, 3, 4)
 _GITHUB = "https://github.com"
@@ -126,6 +131,11 @@ class OnboardRequest(BaseModel):
                 raise ValueError(f"{found[kernel]} and {url} are both for {kernel or 'all'}")
         return tuple(f"{kernel}={url}" if kernel else url for kernel, url in found.items())
 
+    @property
+    def publishes(self) -> bool:
+        """Whether what is complete is published."""
+        return 4 in self.phases and self.submit_prs
+
     def sglang_pr_of(self, entry: KernelEntry) -> str | None:
         """Return the pull request that somebody named for a kernel, its op type, or all."""
         named = dict(text.rpartition("=")[::2] for text in self.sglang_pr)
@@ -174,6 +184,26 @@ class Step(Enum):
     PUBLISH_COVERAGE = "publish coverage"
 
 
+class _Sites:
+    """What of the things in the outbox could be sent by now."""
+
+    def __init__(self, workspace: Path) -> None:
+        self._workspace = workspace
+
+    @cached_property
+    def _options(self) -> Settings:
+        return load_settings(self._workspace)
+
+    def lack(self, url: str | None) -> bool:
+        """Whether GitHub has to get something: nobody has asked for it, or it can be sent now."""
+        waits = url is not None and not is_public(url) and can_be_sent(url)
+        return url is None or (waits and sends_to_github(self._options))
+
+    def dataset_lacks(self, url: str | None) -> bool:
+        """Whether the dataset has to get something."""
+        return url is None or (not is_public(url) and sends_to_hub(self._options))
+
+
 def remaining_steps(
     manifest: RunManifest, entry: KernelEntry, request: OnboardRequest
 ) -> tuple[Step, ...]:
@@ -182,42 +212,72 @@ def remaining_steps(
     The branches: existing -> nothing; fi_missing -> define, request the kernel, publish the
     definition; sgl_missing -> define, prepare SGLang's pull request, wait; integrated -> define,
     collect, publish; nothing to collect -> define, publish the definition. Where FlashInfer has the
-    kernel's API but no trace template for it, that is requested too.
+    kernel's API but no trace template for it, that is requested too. What is in the outbox is not
+    done once there is a token for its site.
 
     While nobody has written the kernel's reference, of these only the requests are made.
     """
     route = entry.route
     if route is Route.NOTHING:
         return ()
-    steps = []
-    if 2 in request.phases:
-        defines = entry.phase2_status != DONE
-        if defines:
-            steps.append(Step.DEFINE)
-        # A request and the definition made now are told of each other, even if it is an old one.
-        if route is Route.REQUEST_KERNEL and (defines or entry.fi_issue_url is None):
-            steps.append(Step.REQUEST_KERNEL)
-        if _lacks_template(entry) and (defines or entry.fi_trace_template_request_url is None):
-            steps.append(Step.REQUEST_TEMPLATE)
-    if entry.phase2_status != DONE and Step.DEFINE not in steps:
-        return ()
-    collects = 3 in request.phases and not request.skip_workload
-    named = request.sglang_pr_of(entry) or entry.sglang_pr_url
-    if collects and route is Route.AWAIT_SGLANG and (named is None or named != entry.sglang_pr_url):
+    sites = _Sites(request.workspace)
+    defines = 2 in request.phases and entry.phase2_status != DONE
+    steps = [Step.DEFINE] if defines else []
+    steps += _requests(entry, request, sites, defines=defines)
+    if entry.phase2_status != DONE and not defines:
+        return tuple(steps)
+    if _prepares_sglang(entry, request, sites):
         steps.append(Step.PREPARE_SGLANG)
+    collects = 3 in request.phases and not request.skip_workload
     if collects and route is Route.COLLECT and entry.phase3_status != DONE:
         steps.append(Step.COLLECT)
     collected = entry.phase3_status == DONE or Step.COLLECT in steps
     complete = route in {Route.REQUEST_KERNEL, Route.DEFINITION_ONLY} or (
         route is Route.COLLECT and collected
     )
-    if 4 in request.phases and request.submit_prs and complete:
-        pulls = manifest.phase4.get(entry.definition_name)
-        if pulls is None or pulls.flashinfer_trace_pr is None:
-            steps.append(Step.PUBLISH_DATASET)
-        if pulls is None or pulls.flashinfer_bench_pr is None:
-            steps.append(Step.PUBLISH_COVERAGE)
+    if request.publishes and complete:
+        pulls = manifest.phase4.get(entry.definition_name, PullRequests())
+        steps += _pull_requests(pulls, sites, requested=Step.REQUEST_KERNEL in steps)
     return tuple(steps)
+
+
+def _requests(
+    entry: KernelEntry, request: OnboardRequest, sites: _Sites, *, defines: bool
+) -> Iterator[Step]:
+    """Yield what is asked of FlashInfer, once phase 2 has seen the kernel."""
+    seen = request.publishes and entry.phase2_status in {DONE, NEEDS_REFERENCE}
+    if not request.submit_prs or not (2 in request.phases or seen):
+        return
+    # A request and the definition made now are told of each other, even if it is an old one.
+    if entry.route is Route.REQUEST_KERNEL and (defines or sites.lack(entry.fi_issue_url)):
+        yield Step.REQUEST_KERNEL
+    url = entry.fi_trace_template_request_url
+    if _lacks_template(entry) and (defines or sites.lack(url)):
+        yield Step.REQUEST_TEMPLATE
+
+
+def _prepares_sglang(entry: KernelEntry, request: OnboardRequest, sites: _Sites) -> bool:
+    """Whether SGLang's pull request is to be opened, or another one that is named recorded."""
+    if entry.route is not Route.AWAIT_SGLANG or request.skip_workload:
+        return False
+    named = request.sglang_pr_of(entry)
+    if named is not None:
+        return named != entry.sglang_pr_url and bool({3, 4} & set(request.phases))
+    goes_on = 3 in request.phases or request.publishes
+    return goes_on and request.submit_prs and sites.lack(entry.sglang_pr_url)
+
+
+def _pull_requests(pulls: PullRequests, sites: _Sites, *, requested: bool) -> Iterator[Step]:
+    """Yield what is left of a definition's pair.
+
+    Both link the kernel request, and the coverage's links the dataset's.
+    """
+    dataset, coverage = pulls.flashinfer_trace_pr, pulls.flashinfer_bench_pr
+    publishes = requested or sites.dataset_lacks(dataset)
+    if publishes:
+        yield Step.PUBLISH_DATASET
+    if publishes or coverage is None or (is_public(dataset) and sites.lack(coverage)):
+        yield Step.PUBLISH_COVERAGE
 
 
 def _lacks_template(entry: KernelEntry) -> bool:

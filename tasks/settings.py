@@ -1,7 +1,8 @@
 """Settings: where things live and where they go.
 
 Read, first match wins, from arguments, environment variables (`ONBOARD_...`, nested with `__`),
-and `onboard.toml` in the workspace. Tokens are `SecretStr`: they do not print, dump, or reach a
+files of a container's secrets (`/run/secrets/onboard_github_token`, ...), and `onboard.toml` in the
+workspace. Tokens are `SecretStr`: they do not print, dump, or reach a
 manifest.
 """
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
@@ -23,6 +25,8 @@ from tasks.errors import InputError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """Owner and name of a repository, on the Hub or on GitHub."""
+_SECRETS = Path("/run/secrets")
+"""Where a container finds the secrets that it is given."""
 HF_TOKEN_BLOCK = "hf-token"  # noqa: S105  its name, not its value
 """The Prefect server's Secret block with the Hub's token."""
 
@@ -162,10 +166,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Add the workspace's `onboard.toml` as the last source."""
+        """Add files of secrets, and the workspace's `onboard.toml` as the last source."""
         del dotenv_settings, file_secret_settings
-        toml = TomlConfigSettingsSource(settings_cls, cls.toml_file) if cls.toml_file else None
-        return (init_settings, env_settings, *([toml] if toml else []))
+        sources = [init_settings, env_settings]
+        if _SECRETS.is_dir():
+            sources.append(SecretsSettingsSource(settings_cls, _SECRETS))
+        if cls.toml_file:
+            sources.append(TomlConfigSettingsSource(settings_cls, cls.toml_file))
+        return tuple(sources)
+
+    @field_validator("hf_token", "github_token")
+    @classmethod
+    def _none_if_empty(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value and value.get_secret_value().strip() else None
 
     @property
     def outbox(self) -> Path:

@@ -22,6 +22,7 @@ from tasks.define.draft import (
     stage_definition,
     write_failure,
 )
+from tasks.define.staged import fingerprint
 from tasks.errors import DefinitionError, InputError, first_problem
 from tasks.files import safe_name
 from tasks.manifest import DONE, NEEDS_REFERENCE, KernelEntry, Route, RunManifest
@@ -179,6 +180,7 @@ def stage_and_record(path: Path, name: str, drafts: Path, dataset: Path) -> str:
         "phase2_notes": draft.notes,
         "phase2_proof": draft.proof,
         "phase2_versions": draft.versions,
+        "phase2_fingerprint": fingerprint(draft.definition, draft.test),
     }
     if entry.route is Route.REQUEST_KERNEL:
         fields["phase3_status"] = "skipped (fi_missing)"

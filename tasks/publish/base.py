@@ -70,10 +70,12 @@ class Branch:
 
     name: str
     clone: Path
-    """The clone whose checked-out commit it starts from."""
     message: str
     files: Mapping[PurePosixPath, Path] = field(default_factory=dict)
     """Path in the repository -> file with its content."""
+    base: str = "HEAD"
+    """The clone's commit that it starts from. Where files were made from those of a commit, that
+    one: the clone may be updated in the meantime."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,24 @@ class Finding:
     def failed(self) -> bool:
         """Whether it keeps the pull request from being opened."""
         return self.blocks and not self.ok
+
+
+LARGEST_FILE = 5 * 10**9
+"""Bytes: the Hub takes files up to this size in one part, and advises against larger ones."""
+
+
+class NothingNewError(PublishError):
+    """The repository has everything already; there is nothing to open a pull request with."""
+
+    def __init__(self, message: str, url: str) -> None:
+        """Say what is there.
+
+        Args:
+            message: what was to be published.
+            url: where the repository has it.
+        """
+        super().__init__(message)
+        self.url = url
 
 
 class ChecklistError(PublishError):
@@ -129,8 +149,8 @@ class Checklist:
         return self
 
 
-class Publisher(Protocol):
-    """Opens pull requests and issues, each exactly once.
+class OpensPullRequests(Protocol):
+    """Opens pull requests, each exactly once.
 
     Called again with the same post it returns the same URL and changes nothing.
     """
@@ -142,6 +162,10 @@ class Publisher(Protocol):
             PublishError: it could not be.
         """
         ...
+
+
+class Publisher(OpensPullRequests, Protocol):
+    """Opens issues too, each exactly once."""
 
     def open_issue(self, post: Post) -> str:
         """Open an issue, or leave a pull request's text for somebody to complete; return its URL.

@@ -15,7 +15,7 @@ _FILE, _EXECUTABLE = "100644", "100755"
 def write_commit(branch: Branch, repository: Path, tip: str = "") -> str:
     """Write the commit that a branch is to point to; no ref is moved.
 
-    Its tree is that of the clone's commit with the branch's files, so that a file no longer
+    Its tree is that of the branch's base with its files, so that a file no longer
     published does not stay behind. The same files on the same commits give the same commit
     whenever it is written, so a push that is made again pushes nothing new.
 
@@ -31,7 +31,7 @@ def write_commit(branch: Branch, repository: Path, tip: str = "") -> str:
         PublishError: a file cannot be read, or git refuses a path.
     """
     try:
-        base = git("rev-parse", "HEAD", cwd=branch.clone)
+        base = git("rev-parse", branch.base, cwd=branch.clone)
         tree = _tree(branch, base, repository)
         if tip and git("rev-parse", f"{tip}^{{tree}}", cwd=repository) == tree:
             return tip

@@ -23,19 +23,18 @@ from tasks.define.staged import fingerprint, prove_again
 from tasks.errors import DefinitionError, InputError, OnboardError
 from tasks.manifest import Route
 from tasks.ops.base import FlashInferApi
-from tasks.publish.base import Branch, Checklist, Finding, Post
+from tasks.publish.base import LARGEST_FILE, Branch, Checklist, Finding, Post
 from tasks.publish.collection_log import collection_log
+from tasks.publish.hooks import hook_problems, unknown_hooks
 from tasks.publish.markdown import one_line, scrubbed
 from tasks.publish.render import Subject, coverage_status
-from tasks.publish.requested import public_address
+from tasks.publish.requested import is_public, public_address
 from tasks.validate.dataset import validate
 from tasks.validate.findings import Report
 
 Json = dict[str, Any]
 C = TypeVar("C")
 
-LARGEST_FILE = 5 * 10**9
-"""Bytes: the Hub takes files up to this size in one part, and advises against larger ones."""
 _MOST_NAMED = 5
 _COUNTS = frozenset({"count", "summary"})
 
@@ -171,8 +170,9 @@ class Staged:
     def proof(self) -> tuple[list[str], bool]:
         """The cases in which the reference was right, and whether they were run again for this."""
         entry, spec = self.subject.entry, self.subject.spec
-        recorded = entry.model_dump().get("phase2_fingerprint")
-        if entry.phase2_proof and recorded == fingerprint(self.definition, self.test):
+        if entry.phase2_proof and entry.phase2_fingerprint == fingerprint(
+            self.definition, self.test
+        ):
             return entry.phase2_proof, False
         if spec is None:
             raise DefinitionError("nothing records that it passed, and no op module can run it")
@@ -445,7 +445,7 @@ class Marked:
     @cached_property
     def before(self) -> CoverageDocument:
         """The document of the clone's commit."""
-        text = git.run("show", f"HEAD:{COVERAGE_PATH}", cwd=self.branch.clone)
+        text = git.run("show", f"{self.branch.base}:{COVERAGE_PATH}", cwd=self.branch.clone)
         try:
             return CoverageDocument.parse(text.decode())
         except UnicodeDecodeError as error:
@@ -513,14 +513,13 @@ def _miscounts(document: CoverageDocument, heading: str | None) -> list[str]:
 
 
 def _clean(marked: Marked) -> Verdict:
-    """What pre-commit's standard hooks want of a text, of the lines that are ours."""
-    known, text = set(marked.before.lines), marked.after.render()
-    added = [line for line in marked.after.lines if line not in known]
-    if any(line.rstrip("\r\n") != line.rstrip() or "\t" in line for line in added):
-        return _wrong("a changed line has tabs, or spaces at its end")
-    if text.endswith("\n") != marked.before.render().endswith("\n"):
-        return _wrong("the end of the file is changed")
-    return _right("no tabs, and no spaces at the end of changed lines")
+    """What the repository's pre-commit hooks want of the text, as far as they are known."""
+    clone, path = marked.branch.clone, PurePosixPath(COVERAGE_PATH)
+    if problems := hook_problems(clone, path, marked.after.render()):
+        return _wrong(f"{_named(problems)}; correct {COVERAGE_PATH} upstream, or the hook")
+    if unknown := unknown_hooks(clone, path):
+        return _doubtful(f"hooks that are not known here may want more: {_named(unknown)}")
+    return _right("the repository's hooks would leave it as it is")
 
 
 def _links_dataset(marked: Marked) -> Verdict:
@@ -531,8 +530,10 @@ def _links_dataset(marked: Marked) -> Verdict:
 
 def _links_request(marked: Marked) -> Verdict:
     url = marked.subject.entry.fi_issue_url
+    if not marked.dataset_pr and not (is_public(url) if marked.upstream else url):
+        return _doubtful("the kernel request is opened first, and linked then")
     if not url:
-        return _wrong("the kernel was not requested from FlashInfer; run phase 2 again")
+        return _wrong("the kernel was not requested from FlashInfer; run onboard publish")
     return _linked(marked, url, "the kernel request")
 
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock, Timeout
 from github import Auth, Github
@@ -39,7 +39,7 @@ from requests import RequestException
 from tasks.errors import InputError, PublishError
 from tasks.git import AUTHOR, GitError, check_remote, git
 from tasks.manifest import Upstream
-from tasks.publish.base import Branch, Post, marker, text_of
+from tasks.publish.base import Branch, NothingNewError, Post, marker, text_of
 from tasks.publish.branch import write_commit
 from tasks.publish.markdown import one_line
 from tasks.settings import REPOSITORY
@@ -189,6 +189,7 @@ class GitHubPublisher:
         and still changes something.
 
         Raises:
+            NothingNewError: the repository has all of it.
             PublishError: it could not be, or it was closed without being merged.
         """
         with self._alone(post), _explained(post.repository):
@@ -196,6 +197,8 @@ class GitHubPublisher:
             change = Change.of(branch)
             pull = self._pull(upstream, post, branch.name)
             if pull is None or _has_landed(pull, change):
+                if change.is_empty:
+                    raise _nothing_new(upstream, post, branch)
                 return self._open(upstream, post, branch.name, change)
             if pull.state == "open" and not post.draft:
                 self._renew(upstream, pull, post, change)
@@ -335,10 +338,6 @@ class GitHubPublisher:
     def _open(self, upstream: Repository, post: Post, name: str, change: Change) -> str:
         """Push the branch and open its pull request."""
         title, text = _title(post), text_of(post)
-        if change.is_empty:
-            raise PublishError(
-                f"{post.repository}: has all of {post.title!r} already, there is nothing to open"
-            )
         _require_base(upstream, change)
         home = self._home(upstream)
         tip = _tip(home, name)
@@ -438,6 +437,14 @@ class GitHubPublisher:
             environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
         options = (command, *args[:-1], "--", url, args[-1])
         git(*options, cwd=cwd, env=environment)
+
+
+def _nothing_new(upstream: Repository, post: Post, branch: Branch) -> NothingNewError:
+    path = quote(str(next(iter(branch.files), "")))
+    return NothingNewError(
+        f"{post.repository}: has all of {post.title!r} already, there is nothing to open",
+        f"{upstream.html_url}/blob/{upstream.default_branch}/{path}",
+    )
 
 
 def _web_address(api_url: str) -> str:
@@ -586,7 +593,10 @@ def _explained(repository: str) -> Iterator[None]:
         yield
     except GitError as error:
         refused = ("error: 403", "could not read Username", "remote rejected")
-        hint = _SCOPES if any(text in str(error) for text in refused) else _AGAIN
+        # The answer was lost and git's client sent it again, or somebody was faster.
+        raced = "failed to update ref" in str(error)
+        known = not raced and any(text in str(error) for text in refused)
+        hint = _SCOPES if known else _AGAIN
         raise PublishError(f"{repository}: {error}; {hint}") from error
     except RequestException as error:
         reason = f"cannot be reached ({type(error).__name__})"

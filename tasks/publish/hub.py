@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
+from urllib.parse import quote
 
 import httpx2
 from filelock import FileLock, Timeout
@@ -50,8 +51,7 @@ from tasks import files
 from tasks.errors import PublishError
 from tasks.git import redact
 from tasks.manifest import Upstream
-from tasks.publish.base import Branch, Post, marker, text_of
-from tasks.publish.checklist import LARGEST_FILE
+from tasks.publish.base import LARGEST_FILE, Branch, NothingNewError, Post, marker, text_of
 from tasks.publish.markdown import one_line, scrubbed
 
 INITIAL_COMMIT_SIZE = 250
@@ -87,10 +87,6 @@ class GoneError(PublishError):
 
 class RejectedError(PublishError):
     """The pull request was closed without being merged; it is not opened anew."""
-
-
-class NothingNewError(PublishError):
-    """The repository has everything already; there is nothing to open a pull request with."""
 
 
 @dataclass(frozen=True)
@@ -221,11 +217,19 @@ class HubPublisher:
                 "not opened anew. Reopen it and publish again to go on with it, or take the line "
                 "`<!-- onboard:... -->` out of its text to publish another one"
             )
+        there = self._on_main(wanted)
         if opened := self._send(wanted, None):
             return opened
         if latest:
             return latest.url
-        raise NothingNewError(f"{wanted.post.key}: {self._place} has all of its files already")
+        raise NothingNewError(
+            f"{wanted.post.key}: {self._place} has all of its files already", there
+        )
+
+    def _on_main(self, wanted: _Wanted) -> str:
+        """Return where the repository has the first of the files."""
+        path = quote(next(iter(wanted.left), ""))
+        return f"{self._api.endpoint}/datasets/{self._place}/blob/main/{path}"
 
     def _found(self, post: Post) -> list[DiscussionWithDetails]:
         """Return our pull requests with the post's marker, newest first."""

@@ -1,7 +1,8 @@
 """The outbox: everything that would be published, on local git remotes and as files.
 
 `outbox/` is a git repository whose log has one commit per published thing, with the rendered titles
-and bodies as files. `outbox/remotes/*.git` are bare repositories that receive the branches.
+and bodies as files, what a branch changes, and a script that sends it. `outbox/remotes/*.git` are
+bare repositories that receive the branches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tasks.errors import PublishError
 from tasks.git import AUTHOR, GitError, git
 from tasks.publish.base import Branch, Post, text_of
 from tasks.publish.branch import write_commit
+from tasks.publish.by_hand import script
 
 _LOCK_SECONDS = 120
 _FOLDERS = {
@@ -28,6 +30,13 @@ _FOLDERS = {
     "kernel-request": "issues",
     "template-request": "issues",
 }
+_BY_HAND = "by-hand"
+"""Where SGLang's pull requests are that only a person can begin."""
+
+
+def can_be_sent(url: str) -> bool:
+    """Return whether an entry is complete, and not what a person has to write first."""
+    return f"/{_BY_HAND}/" not in url
 
 
 class Outbox:
@@ -39,14 +48,12 @@ class Outbox:
     def open_pull_request(self, post: Post, branch: Branch) -> str:
         """Commit the branch to the local remote and keep the rendered pull request."""
         with self._locked():
-            commit = self._publish_branch(post.repository, branch)
-            where = {"branch": branch.name, "commit": commit}
-            return self._record(post, where)
+            return self._record(post, branch, self._publish_branch(post.repository, branch))
 
     def open_issue(self, post: Post) -> str:
         """Keep the rendered issue."""
         with self._locked():
-            return self._record(post, {})
+            return self._record(post)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -58,7 +65,8 @@ class Outbox:
         except Timeout as error:
             raise PublishError(f"{self._root}: locked for {_LOCK_SECONDS} s") from error
 
-    def _record(self, post: Post, where: dict[str, str]) -> str:
+    def _record(self, post: Post, branch: Branch | None = None, commit: str = "") -> str:
+        folder = _BY_HAND if branch is None and post.kind == "sglang" else _FOLDERS[post.kind]
         head = {"repository": post.repository, "title": post.title}
         if post.labels:
             head |= {"labels": ", ".join(post.labels)}
@@ -66,10 +74,11 @@ class Outbox:
             head |= {"asked_for": post.asked_for}
         if post.draft:
             head |= {"draft": "yes"}
+        where = {"branch": branch.name, "commit": commit} if branch else {}
         facts = yaml.safe_dump({**head, **where}, sort_keys=False, allow_unicode=True, width=999)
         text = f"---\n{facts}---\n{text_of(post)}"
         name = files.safe_name(post.key, "outbox entry")
-        path = self._root / _FOLDERS[post.kind] / f"{name}.{post.kind}.md"
+        path = self._root / folder / f"{name}.{post.kind}.md"
         try:
             if not (self._root / ".git").exists():
                 git("init", "--quiet", "--initial-branch=main", str(self._root))
@@ -81,6 +90,9 @@ class Outbox:
                     copy = path.with_name(files.safe_name(shown, "picture"))
                     files.write_bytes(copy, picture.read_bytes())
                     ours.append(str(copy.relative_to(self._root)))
+                for beside, content in self._beside(post, branch, commit, path).items():
+                    files.write_text(beside, content)
+                    ours.append(str(beside.relative_to(self._root)))
                 files.write_text(path, text)
             git("add", *ours, cwd=self._root)
             if git("status", "--porcelain", *ours, cwd=self._root):
@@ -90,13 +102,29 @@ class Outbox:
             raise PublishError(f"{self._root}: {error}") from error
         return path.as_uri()
 
+    def _beside(
+        self, post: Post, branch: Branch | None, commit: str, entry: Path
+    ) -> dict[Path, str]:
+        """Return the files beside an entry: what its branch changes, and what sends it by hand."""
+        remote = self._bare(post.repository)
+        text, where = (str(path.relative_to(self._root)) for path in (entry, remote))
+        found = {entry.with_suffix(".sh"): script(post, branch, text, where)}
+        if branch:
+            base = git("rev-parse", branch.base, cwd=branch.clone)
+            changes = git("diff", "--no-ext-diff", base, commit, cwd=remote)
+            found[entry.with_suffix(".diff")] = f"{changes}\n"
+        return found
+
+    def _bare(self, repository: str) -> Path:
+        return self._root / "remotes" / f"{repository.rpartition('/')[2]}.git"
+
     def _remote(self, repository: str, clone: Path) -> Path:
         """Return the bare repository for a target, whose `main` is the clone's commit.
 
         It reads upstream's objects from the clone, so that it costs nothing and needs no network;
         what is published is in the bare repository alone.
         """
-        path = self._root / "remotes" / f"{repository.rpartition('/')[2]}.git"
+        path = self._bare(repository)
         if path.exists():
             return path
         unfinished = path.with_name(f".{path.name}.new")

@@ -21,11 +21,9 @@ from tasks.manifest import DONE, KernelEntry, RunManifest
 from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
 from tasks.publish.base import BODY_LIMIT, TITLE_LIMIT, Branch, Checklist, Post, marker
 from tasks.publish.markdown import FILTERS, fits, one_line, scrubbed, width
-from tasks.publish.requested import public_address, without_request
+from tasks.publish.requested import is_public, public_address, without_request
 from tasks.publish.sites import Site, sglang_site
 from tasks.settings import PublishSettings, Settings
-
-SGLANG_REPOSITORY = "sgl-project/sglang"
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -139,7 +137,14 @@ _API = re.compile(
 """How the evidence says where an API is (`discover/inventory.py`)."""
 
 
-def _body(template: str, subject: Subject, **context: Any) -> str:
+def render_body(template: str, subject: Subject, **context: Any) -> str:
+    """Return a template's text about a kernel.
+
+    Args:
+        template: its file's name.
+        subject: the kernel.
+        context: what else the template shows.
+    """
     return _TEMPLATES.get_template(template).render(
         entry=subject.entry, model=subject.model, shas=subject.manifest.repo_shas, **context
     )
@@ -173,7 +178,7 @@ def dataset_pull_request(
     request = subject.entry.fi_issue_url
     plot = subject.collected.with_suffix(".png")
     pictures = {f"{name}.png": plot} if collected and plot.exists() else {}
-    body = _body(
+    body = render_body(
         "dataset.md.j2",
         subject,
         checked=checked,
@@ -269,7 +274,8 @@ def coverage_pull_request(
         InputError: the document is not of the known form.
     """
     name, entry = subject.entry.definition_name, subject.entry
-    text = git.run("show", f"HEAD:{COVERAGE_PATH}", cwd=bench_clone)
+    base = git.git("rev-parse", "HEAD", cwd=bench_clone)
+    text = git.run("show", f"{base}:{COVERAGE_PATH}", cwd=bench_clone)
     document = CoverageDocument.parse(text.decode())
     heading = document.model(subject.manifest.model_slug, subject.model)
     if heading is None:
@@ -281,7 +287,7 @@ def coverage_pull_request(
     title = f"docs: mark {name} as covered for {heading}"
     links = {"dataset_pr": dataset_pr, "fi_issue_url": entry.fi_issue_url}
     shown = {key: public_address(url, subject.workspace) for key, url in links.items() if url}
-    body = _body(
+    body = render_body(
         "coverage.md.j2",
         subject,
         status=status,
@@ -293,7 +299,7 @@ def coverage_pull_request(
     post = Post(key, "coverage", subject.repositories.bench, title, body)
     message = f"{title}\n\nDataset pull request: {shown.get('dataset_pr', 'to follow')}\n"
     changed = {PurePosixPath(COVERAGE_PATH): edited}
-    return post, Branch(f"feat/def-{key}", bench_clone, message, changed)
+    return post, Branch(f"feat/def-{key}", bench_clone, message, changed, base)
 
 
 def kernel_request(subject: Subject) -> Post:
@@ -306,7 +312,7 @@ def kernel_request(subject: Subject) -> Post:
     definition, site = subject.definition(), _sglang_site(subject)
     pulls = run.phase4.get(entry.definition_name)
     dataset_pr = pulls.flashinfer_trace_pr if pulls else None
-    body = _body(
+    body = render_body(
         "kernel_request.md.j2",
         subject,
         repo_id=run.hf_repo_id,
@@ -318,7 +324,8 @@ def kernel_request(subject: Subject) -> Post:
         site=site,
         site_url=site.url(run.repo_shas.sglang) if site else "",
         model_class=run.model_class,
-        dataset_pr=public_address(dataset_pr, subject.workspace) if dataset_pr else "",
+        # One in the outbox is nowhere that FlashInfer could look.
+        dataset_pr=dataset_pr if is_public(dataset_pr) else "",
     )
     title = f"Kernel request: {entry.op_type} for {one_line(subject.model)}"
     requested = [other.op_type for other in run.kernels if other.route is entry.route]
@@ -386,7 +393,7 @@ def template_request(subject: Subject) -> Post:
         )
     api = candidates[0]
     places = [match["place"] for match in found if match["api"] == api]
-    body = _body(
+    body = render_body(
         "template_request.md.j2",
         subject,
         repo_id=subject.manifest.hf_repo_id,
@@ -404,33 +411,4 @@ def template_request(subject: Subject) -> Post:
         body=body,
         labels=("enhancement", "flashinfer-trace"),
         asked_for=subject.asked_for,
-    )
-
-
-def sglang_pull_request(subject: Subject) -> Post:
-    """Render the pull request that makes SGLang call an API it does not call.
-
-    Raises:
-        PublishError: the kernel has no FlashInfer API to call.
-    """
-    provider, entry = subject.provider, subject.entry
-    if not isinstance(provider, FlashInferApi):
-        raise PublishError(f"{entry.definition_name}: has no FlashInfer API for SGLang to call")
-    module, _, symbol = provider.path.rpartition(".")
-    body = _body(
-        "sglang.md.j2",
-        subject,
-        api=provider.path,
-        module=module,
-        symbol=symbol,
-        layer=provider.sglang_layer,
-        flags=" ".join(provider.server_flags),
-        branch=f"feat/flashinfer-{entry.op_type}-integration-{subject.manifest.model_slug}",
-    )
-    return Post(
-        entry.definition_name,
-        "sglang",
-        subject.repositories.sglang,
-        f"feat: integrate FlashInfer {entry.op_type} for {subject.model}",
-        body,
     )

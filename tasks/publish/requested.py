@@ -15,6 +15,11 @@ from tasks import files
 _SENTENCE = re.compile(r"\s*Kernel request: (?:[a-z]+://|outbox/)\S+\.(?=\s|$)")
 
 
+def is_public(url: str | None) -> bool:
+    """Return whether something is upstream, and not in the outbox or nowhere."""
+    return bool(url) and not str(url).startswith("file:")
+
+
 def public_address(url: str, workspace: Path) -> str:
     """Return a URL as it may be published: of a file in the workspace, its path there."""
     parts = urlsplit(url)

@@ -16,8 +16,7 @@ from tasks.manifest import KernelEntry, Route
 from tasks.ops.base import FlashInferApi, KernelSpec
 from tasks.publish.base import Branch, Post
 from tasks.publish.markdown import one_line
-from tasks.publish.render import SGLANG_REPOSITORY, Subject
-from tasks.publish.render import _body as render_body
+from tasks.publish.render import Subject, render_body
 from tasks.publish.scaffold import (
     NothingToScaffoldError,
     Scaffold,
@@ -145,7 +144,7 @@ def _post(
     return Post(
         key=f"{op_type}.{subject.manifest.model_slug}",
         kind="sglang",
-        repository=SGLANG_REPOSITORY,
+        repository=subject.repositories.sglang,
         title=f"feat: integrate FlashInfer {op_type} for {one_line(subject.model)}",
         body=body,
     )

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import get_run_logger
 
 from tasks import manifest, settings
-from tasks.publish import render
-from tasks.publish.base import Publisher
-from tasks.publish.outbox import Outbox
+from tasks.publish import checklist, render
+from tasks.publish.base import Branch, NothingNewError, OpensPullRequests, Post
+from tasks.publish.publishers import Publishers
 from tasks.publish.render import Subject
-from tasks.publish.requested import note_request, public_address
+from tasks.publish.requested import is_public, note_request, public_address
+from tasks.publish.scaffold import NothingToScaffoldError
+from tasks.publish.sglang import sglang_by_hand, sglang_pull_request
 from tasks.step import step
 
 
-def _subject(path: Path, name: str) -> tuple[Subject, Publisher]:
+def _subject(path: Path, name: str) -> tuple[Subject, Publishers]:
     run = manifest.load(path)
     options = settings.load_settings(path.parent)
-    subject = Subject(
-        manifest=run,
-        entry=run.kernel(name),
-        dataset=options.clone("flashinfer_trace"),
-        collected=options.provenance(run.model_slug, name),
-        workspace=options.workspace,
-        sglang=options.clone("sglang"),
-    )
-    return subject, Outbox(options.outbox)
+    return Subject.of(run, run.kernel(name), options), Publishers.of(options)
 
 
-@step(2, "request-kernel", "Prepare the issue that asks FlashInfer for the kernel.")
+@step(2, "request-kernel", "Ask FlashInfer for the kernel, in an issue.")
 def request_kernel(path: Path, name: str, phase2_status: str | None = None) -> str:
     """Open the kernel request, and record its URL in the manifest and the definition.
 
@@ -40,19 +35,23 @@ def request_kernel(path: Path, name: str, phase2_status: str | None = None) -> s
         phase2_status: what the definition has come to: of another one the request is made anew.
     """
     del phase2_status
-    subject, publisher = _subject(path, name)
+    subject, publishers = _subject(path, name)
     url = subject.entry.fi_issue_url
-    if not _is_sent(url):
-        url = publisher.open_issue(render.kernel_request(subject))
+    if not is_public(url):
+        url = publishers.for_issues.open_issue(render.kernel_request(subject))
         manifest.update_kernel(path, name, fi_issue_url=url)
     _note_request(subject, url)
     get_run_logger().info("kernel request: %s", url)
     return str(url)
 
 
-def _is_sent(url: str | None) -> bool:
-    """Whether an issue is upstream, where nobody but its readers changes it."""
-    return bool(url) and not str(url).startswith("file:")
+def _opened(publisher: OpensPullRequests, post: Post, branch: Branch) -> str:
+    """Open a pull request; where all of it is there already, return where that is."""
+    try:
+        return publisher.open_pull_request(post, branch)
+    except NothingNewError as error:
+        get_run_logger().info("%s", error)
+        return error.url
 
 
 def _note_request(subject: Subject, url: str | None) -> None:
@@ -61,7 +60,7 @@ def _note_request(subject: Subject, url: str | None) -> None:
         note_request(definition, public_address(url, subject.workspace))
 
 
-@step(2, "request-template", "Prepare the issue that asks FlashInfer for the API's trace template.")
+@step(2, "request-template", "Ask FlashInfer for the API's trace template, in an issue.")
 def request_template(path: Path, name: str, phase2_status: str | None = None) -> str:
     """Open the template request, one for all kernels of an API, and record its URL.
 
@@ -71,10 +70,10 @@ def request_template(path: Path, name: str, phase2_status: str | None = None) ->
         phase2_status: what the definition has come to: of another one the request is made anew.
     """
     del phase2_status
-    subject, publisher = _subject(path, name)
+    subject, publishers = _subject(path, name)
     url = subject.entry.fi_trace_template_request_url
-    if not _is_sent(url):
-        url = publisher.open_issue(render.template_request(subject))
+    if not is_public(url):
+        url = publishers.for_issues.open_issue(render.template_request(subject))
         manifest.update_kernel(path, name, fi_trace_template_request_url=url)
     get_run_logger().info("template request: %s", url)
     return str(url)
@@ -83,41 +82,67 @@ def request_template(path: Path, name: str, phase2_status: str | None = None) ->
 @step(
     3,
     "prepare-sglang-pr",
-    "Prepare the SGLang pull request without which nothing can be collected.",
+    "Open the draft of the SGLang pull request without which nothing can be collected.",
 )
-def prepare_sglang(path: Path, name: str) -> str:
-    """Prepare the SGLang pull request and record its URL."""
-    subject, publisher = _subject(path, name)
-    url = publisher.open_issue(render.sglang_pull_request(subject))
+def prepare_sglang(path: Path, name: str, named: Mapping[str, str] | None = None) -> str:
+    """Open SGLang's draft and record its URL, or that of the one that somebody named.
+
+    Args:
+        path: the run manifest.
+        name: the kernel's definition name.
+        named: definition -> the pull request that somebody named for it.
+    """
+    subject, publishers = _subject(path, name)
+    url = (named or {}).get(name) or _draft(subject, publishers, named or {})
     manifest.update_kernel(path, name, sglang_pr_url=url)
     get_run_logger().info("SGLang pull request: %s", url)
     return url
+
+
+def _draft(subject: Subject, publishers: Publishers, named: Mapping[str, str]) -> str:
+    with tempfile.TemporaryDirectory(prefix="onboard-sglang-") as folder:
+        try:
+            post, branch = sglang_pull_request(subject, Path(folder), named)
+        except NothingToScaffoldError as error:  # only a person can write it
+            return publishers.outbox.open_issue(sglang_by_hand(subject, str(error)))
+        return publishers.for_branches.open_pull_request(post, branch)
 
 
 @step(
     4, "publish-dataset", "Open the dataset pull request with everything staged for the definition."
 )
 def publish_dataset(path: Path, name: str) -> str:
-    """Open the dataset pull request and record its URL."""
-    subject, publisher = _subject(path, name)
+    """Open the dataset pull request, if its checklist holds, and record its URL."""
+    subject, publishers = _subject(path, name)
     # The definition may have been staged again since the kernel was requested.
     _note_request(subject, subject.entry.fi_issue_url)
-    post, branch = render.dataset_pull_request(subject)
-    url = publisher.open_pull_request(post, branch)
+    log = get_run_logger()
+    checked = checklist.check_dataset(subject).require()
+    for found in checked.findings:
+        if not found.ok:
+            log.warning("%s: %s: %s", name, found.item, found.message)
+    post, branch = render.dataset_pull_request(subject, checked)
+    url = _opened(publishers.for_the_dataset, post, branch)
     manifest.record_pull_request(path, name, flashinfer_trace_pr=url)
-    get_run_logger().info("dataset pull request: %s", url)
+    log.info("dataset pull request: %s", url)
     return url
 
 
 @step(4, "publish-coverage", "Open the coverage-document pull request, which links the dataset's.")
 def publish_coverage(path: Path, name: str, dataset_pr: str) -> str:
-    """Open the coverage pull request and record its URL."""
-    subject, publisher = _subject(path, name)
+    """Open the coverage pull request, or bring it up to date, and record its URL.
+
+    It links the dataset's: while that is in the outbox, so is this.
+    """
+    subject, publishers = _subject(path, name)
+    upstream = publishers.github is not None and is_public(dataset_pr)
+    publisher = publishers.for_branches if upstream else publishers.outbox
     clone = settings.load_settings(path.parent).clone("flashinfer_bench")
     with tempfile.TemporaryDirectory(prefix="onboard-coverage-") as folder:
         edited = Path(folder, "model_coverage.mdx")
         post, branch = render.coverage_pull_request(subject, clone, dataset_pr, edited)
-        url = publisher.open_pull_request(post, branch)
+        checklist.check_coverage(subject, post, branch, dataset_pr, upstream=upstream).require()
+        url = _opened(publisher, post, branch)
     manifest.record_pull_request(path, name, flashinfer_bench_pr=url)
     get_run_logger().info("coverage pull request: %s", url)
     return url

@@ -190,5 +190,9 @@ def _fill(folder: Path, progress: Callable[[str], None]) -> None:
     for archive in sorted((DATA / "dumps_h200").glob("qwen3_30b_a3b_*.tar.xz")):
         with tarfile.open(archive) as packed:
             packed.extractall(dumps, filter="data")
-    settings = {"remotes": remotes, "collect": {"recorded_dumps": "dumps"}}
+    settings = {
+        "remotes": remotes,
+        "collect": {"recorded_dumps": "dumps"},
+        "publish": {"to": "outbox"},  # whoever tries it may have tokens
+    }
     files.write_text(folder / "onboard.toml", tomli_w.dumps(settings))

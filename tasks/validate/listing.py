@@ -18,7 +18,7 @@ _PARTS = ("definitions", "workloads", "blob", "solutions", "traces", "tests")
 _DEEPEST = 6
 _FOREIGN = "not part of the dataset's layout"
 _LARGEST_TEXT = 64 << 20
-_NOT_LISTED = frozenset({"__pycache__", "conftest.py", "__init__.py"})
+_NOT_LISTED = frozenset({"__pycache__", "logs", "conftest.py", "__init__.py"})
 
 
 class BadFileError(OnboardError):

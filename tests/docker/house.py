@@ -91,11 +91,12 @@ class House:
 
     def settings(self, **options: Any) -> None:
         """Write the workspace's settings, with these of the collection."""
-        traffic = {"batch_sizes": [1, 3], "isl": 96, "osl": 8, "rounds": 1}
+        traffic = {"batch_sizes": [1, 3], "isl": 256, "osl": 8, "rounds": 1}
         served = {"model_path": str(self.workspace / "model"), **traffic, **options}
         collect = {"gpus": ["0"], "incomplete_calls": True, "crashes": 1, "options": served}
         given = tomllib.loads((self.workspace / "onboard.toml").read_text())
-        text = tomli_w.dumps({"remotes": given["remotes"], "collect": collect})
+        publish = {"to": "outbox"}  # the control worker has a token
+        text = tomli_w.dumps({**given, "collect": collect, "publish": publish})
         files.write_text(self.workspace / "onboard.toml", text)
 
 

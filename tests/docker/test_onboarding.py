@@ -89,7 +89,7 @@ def test_cancelling_a_collection_stops_its_container_and_frees_the_gpu(house: Ho
         "config": str(house.workspace / "model" / "config.json"),
         "model_path": str(house.workspace / "model"),
         "batch_sizes": [2],
-        "isl": 64,
+        "isl": 256,
         "osl": 8,
         "sessions_only": True,
         "server_env": {"FAKE_SGLANG_FAULT": "hang_start"},

@@ -22,6 +22,7 @@ from tasks.coverage_doc import PATH, CoverageDocument
 from tasks.define.reference_test import render as render_test
 from tasks.define.staged import fingerprint, prove_again
 from tasks.errors import DefinitionError, PublishError
+from tasks.git import AUTHOR, git
 from tasks.ops.base import KernelSpec
 from tasks.publish import checklist, render
 from tasks.publish.base import (
@@ -483,9 +484,25 @@ def test_edits_that_are_more_than_a_row(workspace: Path) -> None:
     counted = good.replace("**Coverage**: 1 / 1", "**Coverage**: 2 / 2")
     assert counted != good
     assert "says 2 / 2" in said(counted)["counts"]
-    assert "spaces at its end" in said(good.replace(f"| `{NAME}`", f"| `{NAME}`\t"))["clean"]
     assert "document" in said("nothing of it\n")
     assert "is not there" in said((DATA / "flashinfer-bench" / PATH).read_text())["row"]
+
+
+def test_an_edit_that_the_repositorys_hooks_would_change(workspace: Path) -> None:
+    clone = workspace / "flashinfer-bench"
+    hooks = "repos: [{repo: https://x.y/hooks, rev: v5, hooks: [{id: trailing-whitespace}]}]\n"
+    (clone / ".pre-commit-config.yaml").write_text(hooks)
+    git("add", ".pre-commit-config.yaml", cwd=clone)
+    git("commit", "--quiet", "--message", "Hooks", cwd=clone, env=AUTHOR)
+    _, branch, post = coverage(workspace, URL)
+    edited = branch.files[PurePosixPath(PATH)]
+    assert not check_coverage(subject(workspace), post, branch, URL).failed
+    lines = edited.read_text().splitlines(keepends=True)
+    row = next(number for number, line in enumerate(lines) if NAME in line)
+    lines[row] = lines[row].rstrip("\n") + "  \n"
+    edited.write_text("".join(lines))
+    told = failed(check_coverage(subject(workspace), post, branch, URL))["clean"]
+    assert f"trailing-whitespace: {PATH}:{row + 1}" in told
 
 
 # The log.

@@ -130,6 +130,16 @@ def test_a_definition_published_alone_starts_over_when_it_can_be_collected(path:
     assert run.state(run.kernel("new_op_h512")) == "existing"
 
 
+def test_a_definition_published_alone_keeps_its_pull_requests_when_it_has_landed(
+    path: Path,
+) -> None:
+    manifest.record_pull_request(path, "new_op_h512", flashinfer_trace_pr="u")
+    run = manifest.load(path)
+    landed = {"definition_name": "new_op_h512", "op_type": "new_op", "phase1_status": "existing"}
+    manifest.merge_discovery(run, [KernelEntry.model_validate(landed)])
+    assert run.phase4["new_op_h512"].flashinfer_trace_pr == "u"
+
+
 DAMAGE = {
     "truncated": (lambda text: text[: len(text) // 2], "not JSON"),
     "empty": (lambda text: "", "not JSON"),

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import yaml
@@ -121,3 +128,81 @@ def test_a_file_that_is_gone_is_an_error(tmp_path: Path, source: Path) -> None:
     (source / "k.json").unlink()
     with pytest.raises(PublishError, match="branch onboard/k"):
         Outbox(tmp_path / "outbox").open_pull_request(post("k"), made)
+
+
+@pytest.fixture
+def run_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """Run a script with programs that write down what they are asked, and return that."""
+    programs, said = tmp_path / "programs", tmp_path / "said.jsonl"
+    programs.mkdir()
+    for name in ("gh", "hf"):
+        program = programs / name
+        program.write_text(
+            f"#!{sys.executable}\nimport json, os, sys\n"
+            "asked, read = sys.argv[1:], '-' in sys.argv\n"
+            "there = [sorted(f for _, _, fs in os.walk(a) for f in fs) for a in asked"
+            " if os.path.isdir(a) and a != '.']\n"
+            "line = {'program': os.path.basename(sys.argv[0]), 'asked': asked,"
+            " 'read': sys.stdin.read() if read else '', 'files': there}\n"
+            f"print(json.dumps(line), file=open({str(said)!r}, 'a'))\n"
+        )
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    def run(script: Path, *arguments: str) -> list[dict[str, Any]]:
+        subprocess.run(["sh", str(script), *arguments], check=True, cwd="/")
+        return [json.loads(line) for line in said.read_text().splitlines()]
+
+    return run
+
+
+def test_an_issue_by_hand(tmp_path: Path, run_by_hand: Callable[..., list[dict[str, Any]]]) -> None:
+    url = Outbox(tmp_path / "outbox").open_issue(
+        post("k", "$(id) `id`\n---\nmore", "kernel-request")
+    )
+    script = Path(url.removeprefix("file://")).with_suffix(".sh")
+    (said,) = run_by_hand(script)
+    assert said["asked"] == [
+        *("issue", "create", "--repo", "flashinfer-ai/flashinfer-trace"),
+        *("--title", "Add k: it's", "--label", "x", "--label", "y", "--body-file", "-"),
+    ]
+    assert said["read"] == "$(id) `id`\n---\nmore\n\n<!-- onboard:k:kernel-request -->\n"
+
+
+def test_a_dataset_pull_request_by_hand(
+    tmp_path: Path, source: Path, run_by_hand: Callable[..., list[dict[str, Any]]]
+) -> None:
+    url = Outbox(tmp_path / "outbox").open_pull_request(post("k"), branch(source, "k", "{}\n"))
+    entry = Path(url.removeprefix("file://"))
+    assert "+{}" in entry.with_suffix(".diff").read_text()
+    (said,) = run_by_hand(entry.with_suffix(".sh"))
+    assert said["asked"][:2] == ["upload", "flashinfer-ai/flashinfer-trace"]
+    assert said["asked"][3:] == [
+        *(".", "--repo-type", "dataset", "--create-pr", "--commit-message", "Add k: it's"),
+        *("--commit-description", "The body.\n\n<!-- onboard:k:dataset -->"),
+    ]
+    assert said["files"] == [["k.json"]]
+
+
+def test_a_branch_by_hand(
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_by_hand: Callable[..., list[dict[str, Any]]],
+) -> None:
+    fork = tmp_path / "fork.git"
+    git("init", "--quiet", "--bare", str(fork))
+    made = replace(post("k", kind="coverage"), draft=True)
+    url = Outbox(tmp_path / "outbox").open_pull_request(made, branch(source, "k", "{}\n"))
+    # Where git goes for the fork on GitHub.
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{fork}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/me/flashinfer-trace.git")
+    (said,) = run_by_hand(Path(url.removeprefix("file://")).with_suffix(".sh"), "me")
+    assert said["asked"][2:] == [
+        *("--repo", "flashinfer-ai/flashinfer-trace", "--title", "Add k: it's"),
+        *("--head", "me:onboard/k", "--draft", "--body-file", "-"),
+    ]
+    assert git("show", "onboard/k:definitions/k.json", cwd=fork) == "{}"

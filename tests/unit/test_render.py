@@ -445,7 +445,7 @@ def test_report_of_a_kernel_that_needs_a_reference(tmp_path: Path) -> None:
     text = report.markdown()
     assert "| needs_reference |" in text
     assert f"--only {entry.definition_name} --reference FILE.py`" in text
-    assert "nobody has \\| written it" in text
+    assert "nobody has | written it" in text
     assert "[kernel request](https://x.y/1)" in text
     entry.error = "it broke"
     assert report.exit_code == 1

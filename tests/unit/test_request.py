@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import InputError
-from tasks.manifest import KernelEntry, RunManifest
+from tasks.manifest import KernelEntry, PullRequests, RunManifest
 from tasks.request import OnboardRequest, Step, check_sglang_pr, parse_request, remaining_steps
 
 URL = "https://github.com/sgl-project/sglang/pull/"
@@ -121,3 +122,88 @@ def test_when_it_is_recorded(recorded: str | None, named: tuple[str, ...], prepa
     entry = waiting(TOP_K, sglang_pr_url=recorded)
     steps = remaining_steps(run(entry), entry, request(*named))
     assert (Step.PREPARE_SGLANG in steps) == prepares
+
+
+OUTBOX = "file:///w/outbox/"
+LACKING = {"fi_status": "fi_missing", "sgl_status": "n/a"}
+HUB, GITHUB = "ONBOARD_HF_TOKEN", "ONBOARD_GITHUB_TOKEN"
+R, S, PD, PC = (
+    Step.REQUEST_KERNEL,
+    Step.PREPARE_SGLANG,
+    Step.PUBLISH_DATASET,
+    Step.PUBLISH_COVERAGE,
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "request_url", "pair", "steps"),
+    [
+        ((), "x", ("x", "x"), ()),
+        ((), None, (None, None), (R, PD, PC)),
+        ((HUB, GITHUB), "https://a/1", ("https://a/2", "https://a/3"), ()),
+        ((HUB, GITHUB), "x", ("x", "x"), (R, PD, PC)),
+        ((HUB, GITHUB), "https://a/1", ("https://a/2", "x"), (PC,)),
+        # Both link the request, the coverage's links the dataset's: what is linked goes first.
+        ((GITHUB,), "x", ("https://a/2", "x"), (R, PD, PC)),
+        ((GITHUB,), "https://a/1", ("x", "x"), ()),
+        ((HUB,), "x", ("x", "x"), (PD, PC)),
+        ((HUB,), "x", ("https://a/2", "x"), ()),
+        (("ONBOARD_PUBLISH__TO", HUB, GITHUB), "x", ("x", "x"), ()),
+    ],
+)
+def test_what_is_in_the_outbox_is_done_until_there_is_a_token(
+    tokens: tuple[str, ...],
+    request_url: str | None,
+    pair: tuple[str | None, str | None],
+    steps: tuple[Step, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in tokens:
+        monkeypatch.setenv(name, "outbox")
+
+    def url(text: str | None) -> str | None:
+        return f"{OUTBOX}pull-requests/x.md" if text == "x" else text
+
+    entry = waiting("k", "gdn", **LACKING, fi_issue_url=url(request_url))
+    found = run(entry)
+    dataset, coverage = map(url, pair)
+    found.phase4["k"] = PullRequests(flashinfer_trace_pr=dataset, flashinfer_bench_pr=coverage)
+    asked = OnboardRequest(model_name="m", workspace=tmp_path, phases=(4,))
+    assert remaining_steps(found, entry, asked) == steps
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "steps"),
+    [
+        (None, False, (S,)),
+        (f"{OUTBOX}pull-requests/x.sglang.md", False, ()),
+        (f"{OUTBOX}pull-requests/x.sglang.md", True, (S,)),
+        (f"{OUTBOX}by-hand/x.sglang.md", True, ()),
+        (f"{URL}1", True, ()),
+    ],
+)
+def test_what_a_person_has_to_write_is_not_sent(
+    url: str | None,
+    token: bool,
+    steps: tuple[Step, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if token:
+        monkeypatch.setenv(GITHUB, "t")
+    entry = waiting(TOP_K, sglang_pr_url=url)
+    for phases in ((4,), (3,), (0, 1, 2, 3, 4)):
+        asked = OnboardRequest(model_name="m", workspace=tmp_path, phases=phases)
+        assert remaining_steps(run(entry), entry, asked) == steps
+        silent = asked.model_copy(update={"submit_prs": False})
+        assert remaining_steps(run(entry), entry, silent) == ()
+
+
+def test_nothing_is_asked_for_before_phase_2_has_seen_the_kernel(tmp_path: Path) -> None:
+    asked = OnboardRequest(model_name="m", workspace=tmp_path, phases=(4,))
+    for status, steps in ((None, ()), ("needs_reference", (R,)), ("done", (R, PD, PC))):
+        entry = waiting("k", "gdn", **LACKING, phase2_status=status)
+        assert remaining_steps(run(entry), entry, asked) == steps
+        silent = asked.model_copy(update={"submit_prs": False})
+        assert remaining_steps(run(entry), entry, silent) == ()

@@ -46,3 +46,17 @@ def test_tokens_do_not_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert settings.hf_token is not None
     assert settings.hf_token.get_secret_value() == "hf_s3cret"
     assert "s3cret" not in f"{settings!r}{settings.model_dump_json()}"
+
+
+def test_secrets_of_a_container_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.settings._SECRETS", tmp_path)
+    (tmp_path / "onboard_github_token").write_text("ghp_s3cret\n")
+    (tmp_path / "onboard_hf_token").write_text("\n")  # none was given
+    settings = load_settings(tmp_path)
+    assert settings.github_token is not None
+    assert settings.github_token.get_secret_value() == "ghp_s3cret"
+    assert settings.hf_token is None
+    monkeypatch.setenv("ONBOARD_GITHUB_TOKEN", "another")
+    found = load_settings(tmp_path).github_token
+    assert found is not None
+    assert found.get_secret_value() == "another"
