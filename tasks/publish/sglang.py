@@ -10,13 +10,14 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from tasks import files, ops
-from tasks.errors import PublishError
+from tasks import files, manifest, ops
+from tasks.errors import ManifestError, PublishError
 from tasks.manifest import KernelEntry, Route
 from tasks.ops.base import FlashInferApi, KernelSpec
 from tasks.publish.base import Branch, Post
 from tasks.publish.markdown import one_line
 from tasks.publish.render import Subject, render_body
+from tasks.publish.requested import is_public
 from tasks.publish.scaffold import (
     NothingToScaffoldError,
     Scaffold,
@@ -120,6 +121,30 @@ def _together(
             raise PublishError(
                 f"{kernel.definition_name}: has no FlashInfer API for SGLang to call"
             )
+
+
+def of_another_model(subject: Subject) -> str | None:
+    """Return the pull request by which another model waits for the same API, if there is one.
+
+    SGLang is changed for all models that need an API; a second draft would be the first one again.
+
+    Args:
+        subject: a kernel that waits for SGLang.
+    """
+    api, own = subject.provider, subject.manifest.model_slug
+    for slug, path in manifest.newest(subject.workspace).items():
+        try:
+            run = None if slug == own else manifest.load(path)
+        except ManifestError:  # another model's trouble
+            continue
+        for kernel in run.kernels if run else ():
+            url = kernel.sglang_pr_url
+            known = run.upstream_of(url) if run and url else None
+            waits = kernel.route is Route.AWAIT_SGLANG and is_public(url)
+            refused = known is not None and known.state == "rejected"
+            if waits and not refused and replace(subject, entry=kernel).provider == api:
+                return url
+    return None
 
 
 def _branch(subject: Subject) -> str:

@@ -15,7 +15,7 @@ from tasks.publish.publishers import Publishers
 from tasks.publish.render import Subject
 from tasks.publish.requested import is_public, note_request, public_address
 from tasks.publish.scaffold import NothingToScaffoldError
-from tasks.publish.sglang import sglang_by_hand, sglang_pull_request
+from tasks.publish.sglang import of_another_model, sglang_by_hand, sglang_pull_request
 from tasks.step import step
 
 
@@ -93,7 +93,11 @@ def prepare_sglang(path: Path, name: str, named: Mapping[str, str] | None = None
         named: definition -> the pull request that somebody named for it.
     """
     subject, publishers = _subject(path, name)
-    url = (named or {}).get(name) or _draft(subject, publishers, named or {})
+    url = (
+        (named or {}).get(name)
+        or of_another_model(subject)
+        or _draft(subject, publishers, named or {})
+    )
     manifest.update_kernel(path, name, sglang_pr_url=url)
     get_run_logger().info("SGLang pull request: %s", url)
     return url

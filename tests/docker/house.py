@@ -95,8 +95,7 @@ class House:
         served = {"model_path": str(self.workspace / "model"), **traffic, **options}
         collect = {"gpus": ["0"], "incomplete_calls": True, "crashes": 1, "options": served}
         given = tomllib.loads((self.workspace / "onboard.toml").read_text())
-        publish = {"to": "outbox"}  # the control worker has a token
-        text = tomli_w.dumps({**given, "collect": collect, "publish": publish})
+        text = tomli_w.dumps({**given, "collect": collect})
         files.write_text(self.workspace / "onboard.toml", text)
 
 
@@ -178,7 +177,11 @@ def open_house(
                 stdout=subprocess.DEVNULL,
             )
         results = {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "store" / "results")}
-        control = {"PYTHONPATH": str(ROOT), "ONBOARD_GITHUB_TOKEN": PLANTED["github"]}
+        control = {
+            "PYTHONPATH": str(ROOT),
+            "ONBOARD_GITHUB_TOKEN": PLANTED["github"],
+            "ONBOARD_PUBLISH__TO": "outbox",
+        }
         workers = {
             "gpu": stack.enter_context(prefect.worker("gpu", "docker", **results)),
             "control": stack.enter_context(

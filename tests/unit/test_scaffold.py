@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import ops
+from tasks import files, manifest, ops
 from tasks.errors import PublishError
 from tasks.git import git
-from tasks.manifest import KernelEntry, RunManifest
+from tasks.manifest import KernelEntry, RunManifest, Upstream
 from tasks.ops.base import FlashInferApi, Json, KernelSpec, const_axes
 from tasks.publish.outbox import Outbox
 from tasks.publish.render import Subject
@@ -31,7 +31,7 @@ from tasks.publish.scaffold import (
     scaffold,
     switch,
 )
-from tasks.publish.sglang import sglang_by_hand, sglang_pull_request
+from tasks.publish.sglang import of_another_model, sglang_by_hand, sglang_pull_request
 from tasks.repos import clone
 from tests.conftest import DATA
 from tests.unit.test_repos import commit
@@ -469,6 +469,29 @@ def subject(cloned: Path, *kernels: KernelEntry, of: int = 0) -> Subject:
     )
     nowhere = cloned / "nowhere"
     return Subject(run, run.kernels[of], nowhere, nowhere, cloned, cloned / "sglang")
+
+
+def test_what_another_model_has_asked_for_is_asked_for_once(cloned: Path, tmp_path: Path) -> None:
+    url = "https://github.com/sgl-project/sglang/pull/7"
+    one = replace(subject(cloned, waiting(TOP_K)), workspace=tmp_path)
+
+    def found(**fields: Any) -> str | None:
+        other = waiting(TOP_K).model_copy(update={"sglang_pr_url": url, **fields})
+        run = one.manifest.model_copy(update={"model_slug": "n", "kernels": [other]})
+        path = tmp_path / manifest.file_name("n", run.date)
+        files.write_json(path, manifest.dump(run))
+        return of_another_model(one)
+
+    assert of_another_model(one) is None
+    assert found() == url
+    assert found(sglang_pr_url="file:///outbox/pull-requests/sampling.n.sglang.md") is None
+    assert found(sgl_status="sgl_integrated") is None
+    assert found(spec=waiting(TOP_P).spec) is None
+    (tmp_path / "onboard_damaged_20260101.json").write_text("{")
+    assert found() == url
+    path = tmp_path / manifest.file_name("n", one.manifest.date)
+    manifest.update(path, lambda run: setattr(run, "upstream", {url: Upstream(state="rejected")}))
+    assert of_another_model(one) is None
 
 
 def test_one_draft_for_the_kernels_of_an_op_type(cloned: Path, tmp_path: Path) -> None:
