@@ -10,7 +10,15 @@ import pytest
 from tasks import manifest
 from tasks.git import git
 from tests.docker.database import why_not
-from tests.docker.house import DECODE, NORM, RAGGED, SECONDS, SLUG, House
+from tests.docker.house import (
+    DECODE,
+    LOST_AFTER_SECONDS,
+    NORM,
+    RAGGED,
+    SECONDS,
+    SLUG,
+    House,
+)
 from tests.docker.served import until
 
 pytestmark = [
@@ -48,7 +56,8 @@ def test_a_run_outlives_them(house: House) -> None:
     # What the control worker started ends with it. Nobody says so, but heartbeats stay away.
     house.workers["control"].kill()
     house.workers["control"].start()
-    until("the restart", lambda: "AwaitingRetry" in prefect.history(parent), SECONDS)
+    longest = 2 * LOST_AFTER_SECONDS
+    until("the restart", lambda: "AwaitingRetry" in prefect.history(parent), longest)
 
     assert house.containers() == [container]
     go_on.touch()
