@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -54,6 +54,8 @@ class House:
     """Of its containers: others may be at work beside it."""
     told: list[str]
     """What came to the operator's webhook."""
+    bootstrap: Callable[[], None]
+    """Does again what `make deploy` did."""
 
     def containers(self, **more: bool) -> list[docker.models.containers.Container]:
         """Return its containers."""
@@ -161,21 +163,21 @@ def open_house(
             "ONBOARD_NOTIFY_URL": stack.enter_context(_webhook(told)),
         }
         shutil.copy(prefect.client_profile, folder / "secrets" / "client.toml")
-        for _ in range(2):  # the second time changes nothing
-            subprocess.run(
-                [
-                    *(sys.executable, str(ROOT / "deployments" / "bootstrap.py"), "--no-gpus"),
-                    *("--home", str(folder), "--worker-image", worker_image),
-                    *(f"--gpu-variable={k}={json.dumps(v)}" for k, v in variables.items()),
-                    f"--control-variable=working_dir={ROOT}",
-                    f"--control-variable=env={json.dumps(_OFTEN)}",
-                    f"--lost-after={LOST_AFTER_SECONDS / 60}",
-                    *options,
-                ],
-                env=prefect.environment(PYTHONPATH=str(ROOT), **outside),
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+        command = [
+            *(sys.executable, str(ROOT / "deployments" / "bootstrap.py"), "--no-gpus"),
+            *("--home", str(folder), "--worker-image", worker_image),
+            *(f"--gpu-variable={k}={json.dumps(v)}" for k, v in variables.items()),
+            f"--control-variable=working_dir={ROOT}",
+            f"--control-variable=env={json.dumps(_OFTEN)}",
+            f"--lost-after={LOST_AFTER_SECONDS / 60}",
+            *options,
+        ]
+        environment = prefect.environment(PYTHONPATH=str(ROOT), **outside)
+
+        def bootstrap() -> None:
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+        bootstrap()
         results = {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(folder / "store" / "results")}
         control = {
             "PYTHONPATH": str(ROOT),
@@ -198,6 +200,7 @@ def open_house(
             gpu_locks=folder / "gpu-locks",
             label=f"onboard.test={folder.name}",
             told=told,
+            bootstrap=bootstrap,
         )
         try:
             yield made

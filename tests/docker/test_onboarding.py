@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,27 @@ pytestmark = [
     pytest.mark.bench_extra,
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
+
+
+def deployed(house: House) -> dict[str, Any]:
+    """What `make deploy` makes, without the times at which it was touched."""
+    prefect = house.prefect
+    pools = {name: prefect.api.get(f"/work_pools/{name}").json() for name in ("gpu", "control")}
+    deployments = prefect.post("/deployments/filter", {})
+    automations = prefect.post("/automations/filter", {})
+    return {
+        "pools": {name: (pool["id"], pool["base_job_template"]) for name, pool in pools.items()},
+        "deployments": {made["name"]: made["id"] for made in deployments},
+        "automations": {made["name"]: (made["id"], made["actions"]) for made in automations},
+    }
+
+
+def test_deploying_again_changes_nothing(house: House) -> None:
+    before = deployed(house)
+    house.bootstrap()
+    assert deployed(house) == before
+    assert len(before["deployments"]) == 6
+    assert len(before["automations"]) == 3
 
 
 @pytest.mark.timeout(1200)
