@@ -253,7 +253,12 @@ def automations(lost: timedelta, notify: str | None) -> Iterator[AutomationCore]
 
 
 _GOES_ON = ("AwaitingRetry", "Scheduled", "Pending", "Running")
-_ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused", "AwaitingRetry")
+# Events bear the names of states; a kernel's last one has a name of its own (flows/kernel.py).
+_ENDS = (
+    *("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused", "AwaitingRetry"),
+    *("New", "Existing", "Defined", "Collected", "Published", "Waiting", "Needs reference"),
+    *("Merged", "Rejected", "Changes requested"),
+)
 
 
 def keep(automation: AutomationCore) -> None:

@@ -50,14 +50,15 @@ def publish(
 
 
 def _manifests(manifest: Path | None, workspace: Path | None) -> list[Path]:
+    from tasks import manifest as manifests
     from tasks import settings
 
     if manifest is not None:
         return [manifest.absolute()]
     folder = settings.load_settings(workspace).workspace
-    paths = sorted(folder.glob("onboard_*.json"))
+    paths = sorted(manifests.newest(folder).values())
     if not paths:
-        raise InputError(f"{folder}: has no run manifest (onboard_*.json)")
+        raise InputError(f"{folder}: has no run manifest (onboard_MODEL_DATE.json)")
     return paths
 
 

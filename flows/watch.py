@@ -98,7 +98,12 @@ def watch_upstream(request: WatchRequest) -> State[Watched]:
     sites = Sites(Publishers.of(load_settings(request.workspace)).state_of)
     watched = _Round(request, shas, sites)
     for path, run in newest(request.workspace):
-        watched.look_after(path, run)
+        try:
+            watched.look_after(path, run)
+        except Exception as error:  # one model's trouble stops no other
+            why = f"unexpected {type(error).__name__}: {error}"
+            watched.found.failed[run.model_slug] = why
+            get_run_logger().warning("%s: %s", run.model_slug, why)
     return Completed(message=watched.found.counts, data=watched.found)
 
 

@@ -636,7 +636,7 @@ def check_dataset(subject: Subject) -> Checklist:
         findings=findings,
         validation=tuple(_validation(staged.report)),
         reference_test=_shown_proof(staged, cases, again=again),
-        log=staged.log if collects else "",
+        log=staged.log if collects and staged.provenance.get("sessions") else "",
     )
 
 

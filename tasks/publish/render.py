@@ -16,7 +16,7 @@ from tasks import files, git, ops
 from tasks.coverage_doc import PATH as COVERAGE_PATH
 from tasks.coverage_doc import CoverageDocument, Status
 from tasks.dataset import DefinitionFiles
-from tasks.errors import PublishError
+from tasks.errors import InputError, PublishError
 from tasks.manifest import DONE, KernelEntry, RunManifest
 from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
 from tasks.publish.base import BODY_LIMIT, TITLE_LIMIT, Branch, Checklist, Post, marker
@@ -229,7 +229,7 @@ def _attached(place: DefinitionFiles) -> PurePosixPath:
 def _workloads(subject: Subject, seen: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what the text says of each row."""
     text = files.read_text(subject.dataset / subject.files.workloads, "the workloads")
-    for line in text.splitlines():
+    for line in filter(str.strip, text.splitlines()):
         row = json.loads(line)["workload"]
         axes = ", ".join(f"{axis}={size}" for axis, size in row["axes"].items())
         calls = seen[row["uuid"]]["count"] if row["uuid"] in seen else "of another model"
@@ -276,7 +276,10 @@ def coverage_pull_request(
     name, entry = subject.entry.definition_name, subject.entry
     base = git.git("rev-parse", "HEAD", cwd=bench_clone)
     text = git.run("show", f"{base}:{COVERAGE_PATH}", cwd=bench_clone)
-    document = CoverageDocument.parse(text.decode())
+    try:
+        document = CoverageDocument.parse(text.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{COVERAGE_PATH}: is not UTF-8 text (byte {error.start})") from error
     heading = document.model(subject.manifest.model_slug, subject.model)
     if heading is None:
         heading = subject.model

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from tasks import files, manifest, ops
 from tasks.errors import ManifestError, PublishError
 from tasks.manifest import KernelEntry, Route
-from tasks.ops.base import FlashInferApi, KernelSpec
+from tasks.ops.base import FlashInferApi, KernelSpec, Provider
 from tasks.publish.base import Branch, Post
 from tasks.publish.markdown import one_line
 from tasks.publish.render import Subject, render_body
@@ -142,9 +142,17 @@ def of_another_model(subject: Subject) -> str | None:
             known = run.upstream_of(url) if run and url else None
             waits = kernel.route is Route.AWAIT_SGLANG and is_public(url)
             refused = known is not None and known.state == "rejected"
-            if waits and not refused and replace(subject, entry=kernel).provider == api:
+            if waits and not refused and _api_of(subject, kernel) == api:
                 return url
     return None
+
+
+def _api_of(subject: Subject, kernel: KernelEntry) -> Provider | None:
+    """Return what would run another model's kernel; nothing if its record is damaged."""
+    try:
+        return replace(subject, entry=kernel).provider
+    except ValueError:
+        return None
 
 
 def _branch(subject: Subject) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from tasks import manifest, settings
-from tasks.publish import checklist, render
+from tasks.manifest import Upstream
+from tasks.publish import checklist, render, watch
 from tasks.publish.base import Branch, NothingNewError, OpensPullRequests, Post
 from tasks.publish.publishers import Publishers
 from tasks.publish.render import Subject
@@ -40,6 +41,7 @@ def request_kernel(path: Path, name: str, phase2_status: str | None = None) -> s
     if not is_public(url):
         url = publishers.for_issues.open_issue(render.kernel_request(subject))
         manifest.update_kernel(path, name, fi_issue_url=url)
+        _say_manual(path, url)
     _note_request(subject, url)
     get_run_logger().info("kernel request: %s", url)
     return str(url)
@@ -52,6 +54,12 @@ def _opened(publisher: OpensPullRequests, post: Post, branch: Branch) -> str:
     except NothingNewError as error:
         get_run_logger().info("%s", error)
         return error.url
+
+
+def _say_manual(path: Path, url: str) -> None:
+    """Say in the manifest that what is in the outbox is for somebody to send."""
+    if not is_public(url):
+        watch.record(path, {url: Upstream(state="manual")})
 
 
 def _note_request(subject: Subject, url: str | None) -> None:
@@ -75,6 +83,7 @@ def request_template(path: Path, name: str, phase2_status: str | None = None) ->
     if not is_public(url):
         url = publishers.for_issues.open_issue(render.template_request(subject))
         manifest.update_kernel(path, name, fi_trace_template_request_url=url)
+        _say_manual(path, url)
     get_run_logger().info("template request: %s", url)
     return str(url)
 
@@ -99,6 +108,7 @@ def prepare_sglang(path: Path, name: str, named: Mapping[str, str] | None = None
         or _draft(subject, publishers, named or {})
     )
     manifest.update_kernel(path, name, sglang_pr_url=url)
+    _say_manual(path, url)
     get_run_logger().info("SGLang pull request: %s", url)
     return url
 
@@ -128,6 +138,7 @@ def publish_dataset(path: Path, name: str) -> str:
     post, branch = render.dataset_pull_request(subject, checked)
     url = _opened(publishers.for_the_dataset, post, branch)
     manifest.record_pull_request(path, name, flashinfer_trace_pr=url)
+    _say_manual(path, url)
     log.info("dataset pull request: %s", url)
     return url
 
@@ -148,5 +159,6 @@ def publish_coverage(path: Path, name: str, dataset_pr: str) -> str:
         checklist.check_coverage(subject, post, branch, dataset_pr, upstream=upstream).require()
         url = _opened(publisher, post, branch)
     manifest.record_pull_request(path, name, flashinfer_bench_pr=url)
+    _say_manual(path, url)
     get_run_logger().info("coverage pull request: %s", url)
     return url

@@ -31,8 +31,6 @@ DECODE = "gqa_paged_decode_h32_kv4_d128_ps1"
 RAGGED = "gqa_ragged_prefill_causal_h32_kv4_d128"
 NORM = "fused_add_rmsnorm_h2048"
 SECONDS = 300.0
-LOST_AFTER_SECONDS = 240  # more than an outage takes, on a busy machine too
-_OFTEN = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
 PLANTED = {name: f"planted-{name}-{secrets.token_hex(12)}" for name in ("hub", "github")}
 """Tokens that nothing may show: the Hub's is kept by the server, GitHub's the control worker's."""
 
@@ -150,7 +148,7 @@ def open_house(
             f"{ROOT / 'tests' / 'fakes'}:/opt/fakes:ro",
             f"{ROOT / 'tests' / 'docker' / 'flows'}:/opt/tests:ro",
         ],
-        "env": {"PYTHONPATH": "/opt/app:/opt/fakes", **_OFTEN},
+        "env": {"PYTHONPATH": "/opt/app:/opt/fakes"},
         "labels": {"onboard.test": folder.name},
     }
     with ExitStack() as stack:
@@ -168,8 +166,6 @@ def open_house(
             *("--home", str(folder), "--worker-image", worker_image),
             *(f"--gpu-variable={k}={json.dumps(v)}" for k, v in variables.items()),
             f"--control-variable=working_dir={ROOT}",
-            f"--control-variable=env={json.dumps(_OFTEN)}",
-            f"--lost-after={LOST_AFTER_SECONDS / 60}",
             *options,
         ]
         environment = prefect.environment(PYTHONPATH=str(ROOT), **outside)

@@ -12,7 +12,6 @@ from tasks.git import git
 from tests.docker.database import why_not
 from tests.docker.house import (
     DECODE,
-    LOST_AFTER_SECONDS,
     NORM,
     RAGGED,
     SECONDS,
@@ -53,17 +52,17 @@ def test_a_run_outlives_them(house: House) -> None:
     # The container is the engine's, not the worker's.
     house.workers["gpu"].kill()
     house.workers["gpu"].start()
-    # What the control worker started ends with it. Nobody says so, but heartbeats stay away.
+    # What the control worker started ends with it. Nobody says so; an operator does not wait until
+    # heartbeats have stayed away for long enough.
     house.workers["control"].kill()
     house.workers["control"].start()
-    longest = 2 * LOST_AFTER_SECONDS
-    until("the restart", lambda: "AwaitingRetry" in prefect.history(parent), longest)
+    prefect.retry(parent)
 
     assert house.containers() == [container]
     go_on.touch()
     state = prefect.wait(parent, "Completed", seconds=SECONDS, restarts=True)
     assert state["message"] == "14 existing, 3 published, 1 waiting"
-    assert prefect.history(parent).count("Crashed") == 1
+    assert prefect.history(parent).count("Running") == 2
     (collection,) = house.runs("collect-workloads")
     assert (collection["state_name"], collection["run_count"]) == ("Completed", 1)
     kernels = {DECODE, RAGGED, NORM}
