@@ -17,7 +17,16 @@ import typer
 
 from flows import define, evaluate, explore, publish, sanitize
 from flows import validate as validate_command
-from flows.command import AsJson, Workspace, app, integers, print_table, reported
+from flows.command import (
+    AsJson,
+    Workspace,
+    app,
+    integers,
+    listed,
+    newest_manifests,
+    print_table,
+    reported,
+)
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
@@ -279,8 +288,7 @@ def collect(
     """Serve a model on this host's GPUs and collect workloads from its calls (phase 3)."""
     from tasks.collect.request import parse_request
 
-    names = [name.strip() for item in definitions or () for name in item.split(",")]
-    chosen = tuple(name for name in names if name)
+    chosen = tuple(listed(definitions))
     if definitions and not chosen:
         raise InputError("--definitions: names no definition")
     if model_path is not None and Path(model_path).is_dir():
@@ -415,14 +423,9 @@ def status(
 ) -> int:
     """Show where every kernel stands, and what was published; the exit code is the run's."""
     from flows.report import Report
-    from tasks import manifest, settings
+    from tasks import manifest
 
-    paths = [manifest_file] if manifest_file else []
-    if not paths:
-        folder = settings.load_settings(workspace).workspace
-        paths = sorted(manifest.newest(folder).values())
-        if not paths:
-            raise InputError(f"{folder}: has no run manifest (onboard_MODEL_DATE.json)")
+    paths = [manifest_file] if manifest_file else newest_manifests(workspace)
     if ask:
         _ask(paths)
     reports = [Report(manifest.load(path), path) for path in paths]
@@ -455,7 +458,7 @@ def _ask(paths: Sequence[Path]) -> None:
     for path in paths:
         options = settings.load_settings(path.absolute().parent)
         found = watch.look(manifest.load(path), watch.Sites(Publishers.of(options).state_of))
-        watch.record(path, found.told)
+        manifest.record_upstream(path, found.told)
         for reason in found.failed.values():
             typer.echo(f"onboard: warning: {reason}", err=True)
         if found.not_asked:

@@ -17,7 +17,7 @@ from prefect.futures import wait
 from pydantic import BaseModel
 
 from flows.dispatch import check_crashes
-from flows.outcome import ended
+from flows.outcome import ended, reason_of
 from tasks import manifest, settings
 from tasks.collect import live
 from tasks.collect.place import Outcome
@@ -31,7 +31,7 @@ from tasks.collect.task import (
 )
 from tasks.discover.hub import fetch_config
 from tasks.discover.sources import SglangIndex, cached, index_sglang, revision
-from tasks.errors import InputError, OnboardError
+from tasks.errors import InputError
 from tasks.manifest import RunManifest
 from tasks.model import ModelConfig, read_config
 from tasks.settings import REPOSITORY
@@ -141,12 +141,6 @@ def collect_and_evaluate(request: CollectRequest, name: str) -> int:
     rows = collect(request.manifest, name, None, request.max_workloads)
     evaluate_baseline(request.manifest, name, skip=request.skip_evaluation)
     return rows
-
-
-def reason_of(error: Exception) -> str:
-    """Return why a task run failed, in its own words."""
-    known = isinstance(error, OnboardError)
-    return str(error) if known else f"unexpected {type(error).__name__}: {error}"
 
 
 def plan_sessions(request: CollectRequest) -> tuple[Plan, Path]:

@@ -86,6 +86,26 @@ def integers(text: str, option: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+def newest_manifests(workspace: Path | None) -> list[Path]:
+    """Return the newest run manifest of each model in a workspace.
+
+    Raises:
+        InputError: there is none.
+    """
+    from tasks import manifest, settings
+
+    folder = settings.load_settings(workspace).workspace
+    paths = sorted(manifest.newest(folder).values())
+    if not paths:
+        raise InputError(f"{folder}: has no run manifest (onboard_MODEL_DATE.json)")
+    return paths
+
+
+def listed(texts: Iterable[str] | None) -> list[str]:
+    """Read an option that takes names, comma-separated or repeated."""
+    return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+
+
 def print_table(title: str, rows: Iterable[Mapping[str, str]]) -> None:
     """Print rows under their keys; a pipe gets whole lines, a narrow terminal wraps them."""
     from rich.console import Console
@@ -93,14 +113,14 @@ def print_table(title: str, rows: Iterable[Mapping[str, str]]) -> None:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=None)
-    listed = list(rows)
-    for heading in listed[0] if listed else ():
+    lines = list(rows)
+    for heading in lines[0] if lines else ():
         table.add_column(heading, no_wrap=True)
-    for row in listed:
+    for row in lines:
         table.add_row(*(Text(cell) for cell in row.values()))
     console = Console()
     longest = sum(
-        max(len(heading), *(len(row[heading]) for row in listed)) + 2
-        for heading in (listed[0] if listed else ())
+        max(len(heading), *(len(row[heading]) for row in lines)) + 2
+        for heading in (lines[0] if lines else ())
     )
     Console(width=max(console.width, _TABLE_WIDTH, longest)).print(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.command import AsJson, print_table, reported
+from flows.command import AsJson, listed, print_table, reported
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def define(
         return _crosscheck(crosscheck, dumps, manifest, as_json=as_json)
     if dataset is None:
         raise InputError("--dataset: missing; where should the definitions go?")
-    names = [name.strip() for item in only or () for name in item.split(",") if name.strip()]
+    names = listed(only)
     if only and not names:
         raise InputError("--only: names no definition")
     if dataset.exists() and not dataset.is_dir():

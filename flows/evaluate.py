@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.command import AsJson, print_table, reported
+from flows.command import AsJson, listed, print_table, reported
 from tasks.errors import CollectError, InputError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def evaluate(
     from tasks.ops.base import Effort
     from tasks.settings import load_settings
 
-    names = [name.strip() for item in definitions or () for name in item.split(",") if name.strip()]
+    names = listed(definitions)
     if definitions and not names:
         raise InputError("--definitions: names no definition")
     places = _chosen(dataset, names)

@@ -15,12 +15,12 @@ from prefect.states import Completed
 
 from flows.dispatch import check_crashes
 from flows.gpu import evaluate
+from flows.outcome import reason_of
 from flows.reference import ask_for_reference
 from flows.report import Report
 from tasks import manifest, settings
 from tasks.collect.task import collect
 from tasks.define.task import define
-from tasks.errors import OnboardError
 from tasks.manifest import NEEDS_REFERENCE
 from tasks.publish.task import (
     prepare_sglang,
@@ -55,9 +55,7 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]
         check_crashes(request.workspace)
         _onboard(request, path, name)
     except Exception as error:
-        known = isinstance(error, OnboardError)
-        message = str(error) if known else f"unexpected {type(error).__name__}: {error}"
-        manifest.record_error(path, name, message)
+        manifest.record_error(path, name, reason_of(error))
         show(path, name)
         raise
     show(path, name)

@@ -49,3 +49,9 @@ def came_to(state: State[Any], kind: type[M]) -> M:
     if not isinstance(result, kind):
         raise OnboardError(f"the run ended {state.name}: {state.message}")
     return result
+
+
+def reason_of(error: Exception) -> str:
+    """Return why something failed, in its own words."""
+    known = isinstance(error, OnboardError)
+    return str(error) if known else f"unexpected {type(error).__name__}: {error}"

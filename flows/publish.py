@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.command import AsJson, Workspace, print_table, reported
+from flows.command import AsJson, Workspace, listed, newest_manifests, print_table, reported
 from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def publish(
     *,
     manifest: Annotated[
-        Path | None, typer.Option(help="Run manifest [default: all in the workspace].")
+        Path | None, typer.Option(help="Run manifest [default: each model's newest].")
     ] = None,
     definitions: Annotated[
         list[str] | None,
@@ -41,25 +41,12 @@ def publish(
     workspace: Workspace = None,
 ) -> int:
     """Open the pull requests of what is complete, and what is to be asked upstream (phase 4)."""
-    names = [name.strip() for item in definitions or () for name in item.split(",")]
-    names = [name for name in names if name]
+    names = listed(definitions)
     if definitions and not names:
         raise InputError("--definitions: names no definition")
-    work = _Work.found(_manifests(manifest, workspace), names)
+    paths = [manifest.absolute()] if manifest else newest_manifests(workspace)
+    work = _Work.found(paths, names)
     return _check(work, as_json=as_json) if check else _publish(work, as_json=as_json)
-
-
-def _manifests(manifest: Path | None, workspace: Path | None) -> list[Path]:
-    from tasks import manifest as manifests
-    from tasks import settings
-
-    if manifest is not None:
-        return [manifest.absolute()]
-    folder = settings.load_settings(workspace).workspace
-    paths = sorted(manifests.newest(folder).values())
-    if not paths:
-        raise InputError(f"{folder}: has no run manifest (onboard_MODEL_DATE.json)")
-    return paths
 
 
 class _Work:

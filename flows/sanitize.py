@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.command import AsJson, print_table, reported
+from flows.command import AsJson, listed, print_table, reported
 from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def sanitize(
 
     Exits with 1 if a named definition, or a derived one, got no rows; without names, if none did.
     """
-    names = [name.strip() for item in definitions or () for name in item.split(",") if name.strip()]
+    names = listed(definitions)
     _check(dump_dir, dataset, definitions, names, derive=derive_definitions)
     from tasks.collect.sanitize import open_calls
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.command import AsJson, reported
+from flows.command import AsJson, listed, reported
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def validate(
     """Check a dataset's definitions, workloads, blobs, solutions and traces; call none of them."""
     from tasks.validate.dataset import validate as check
 
-    names = [name.strip() for item in only or () for name in item.split(",") if name.strip()]
+    names = listed(only)
     report = check(dataset, names)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2, ensure_ascii=False))

@@ -21,6 +21,7 @@ from flows.dispatch import check_crashes, deployed
 from flows.kernel import show
 from flows.nightly import start_model
 from flows.onboard import report
+from flows.outcome import reason_of
 from flows.sources import update_all
 from tasks import manifest
 from tasks.errors import InputError, OnboardError
@@ -101,9 +102,7 @@ def watch_upstream(request: WatchRequest) -> State[Watched]:
         try:
             watched.look_after(path, run)
         except Exception as error:  # one model's trouble stops no other
-            why = f"unexpected {type(error).__name__}: {error}"
-            watched.found.failed[run.model_slug] = why
-            get_run_logger().warning("%s: %s", run.model_slug, why)
+            watched.fail(run.model_slug, error)
     return Completed(message=watched.found.counts, data=watched.found)
 
 
@@ -118,12 +117,8 @@ class _Round:
 
     def look_after(self, path: Path, before: RunManifest) -> None:
         """Read what has become of a model's publications, and do what follows from it."""
-        try:
-            seen = read_upstream(path, self.sites)
-            run = manifest.load(path)
-        except OnboardError as error:
-            self._failed(before.model_slug, error)
-            return
+        seen = read_upstream(path, self.sites)
+        run = manifest.load(path)
         self.found.failed |= seen.failed
         show_news(path, before, run)
         if self.request.submit_prs:
@@ -136,8 +131,8 @@ class _Round:
             try:
                 rebase_coverage(path, name, self.shas["flashinfer_bench"])
                 self.found.rebased.append(name)
-            except OnboardError as error:
-                self._failed(name, error)
+            except Exception as error:  # of one definition
+                self.fail(name, error)
 
     def _go_on(self, run: RunManifest) -> None:
         try:
@@ -149,9 +144,10 @@ class _Round:
             commit = f"{self.shas['sglang']}-{self.shas['flashinfer']}"
             self.found.started[run.model_slug] = start_model(asked, commit, "upstream")
 
-    def _failed(self, what: str, error: OnboardError) -> None:
-        self.found.failed[what] = str(error)
-        get_run_logger().warning("%s: %s", what, error)
+    def fail(self, what: str, error: Exception) -> None:
+        """Note what could not be looked after."""
+        self.found.failed[what] = reason_of(error)
+        get_run_logger().warning("%s: %s", what, self.found.failed[what])
 
 
 def newest(workspace: Path) -> Iterator[tuple[Path, RunManifest]]:
@@ -183,7 +179,7 @@ def read_upstream(path: Path, sites: Sites) -> Look:
     """
     log = get_run_logger()
     seen = watch.look(manifest.load(path), sites)
-    watch.record(path, seen.told)
+    manifest.record_upstream(path, seen.told)
     for reason in seen.failed.values():
         log.warning("%s", reason)
     for url in seen.not_asked:

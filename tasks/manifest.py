@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -360,6 +360,27 @@ def record_pull_request(path: Path, definition_name: str, **urls: str) -> None:
         }
 
     update(path, change)
+
+
+def record_upstream(path: Path, told: Mapping[str, Upstream]) -> RunManifest:
+    """Record what has become of things published; what else was known of them stays.
+
+    Args:
+        path: the run manifest.
+        told: URL -> what has become of it.
+    """
+
+    def change(manifest: RunManifest) -> None:
+        known = manifest.upstream or {}
+        news = {url: _with(known.get(url), found) for url, found in told.items()}
+        manifest.upstream = {**known, **news}
+
+    return update(path, change) if told else load(path)
+
+
+def _with(known: Upstream | None, found: Upstream) -> Upstream:
+    new: dict[str, Any] = {name: getattr(found, name) for name in found.model_fields_set}
+    return known.model_copy(update=new) if known else found
 
 
 PHASE1_FIELDS = frozenset(

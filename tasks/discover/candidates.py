@@ -25,11 +25,11 @@ from tasks.discover.cookbook import FOLDER as COOKBOOK
 from tasks.discover.cookbook import MAX_BYTES as COOKBOOK_MAX_BYTES
 from tasks.discover.cookbook import read_models, shown
 from tasks.discover.history import Change, Commit, Window, git_in, open_window, parse_since
-from tasks.discover.hub import REPO_ID, Hub, HubError
+from tasks.discover.hub import Hub, HubError
 from tasks.discover.syntax import MAX_BYTES as PYTHON_MAX_BYTES
 from tasks.discover.syntax import entry_classes, parse
 from tasks.errors import InputError, OnboardError
-from tasks.settings import Settings
+from tasks.settings import REPOSITORY, Settings
 
 MODELS = "python/sglang/srt/models"
 Source = Literal["sglang", "cookbook", "hub"]
@@ -255,7 +255,7 @@ class _Cookbook:
     def repo_ids(self) -> list[str]:
         """Return the repository ids it serves now, the shortest first."""
         paths = [model.get("model_path") for _, model in self._now]
-        ids = {path for path in paths if isinstance(path, str) and REPO_ID.fullmatch(path)}
+        ids = {path for path in paths if isinstance(path, str) and REPOSITORY.fullmatch(path)}
         return sorted(ids, key=lambda repo_id: (len(repo_id), repo_id))
 
     def candidates(self) -> Iterator[Candidate]:
@@ -272,7 +272,7 @@ class _Cookbook:
                 yield self._candidate(path, commits, None, f"unreadable: {damage}")
         for name, (path, model) in sorted(news.items()):
             attributes = model.get("attributes")
-            usable = isinstance(model.get("model_path"), str) and REPO_ID.fullmatch(name)
+            usable = isinstance(model.get("model_path"), str) and REPOSITORY.fullmatch(name)
             reason: str | None = None
             if not usable:
                 reason = f"not a repository id: model_path {shown(name[:80])}"

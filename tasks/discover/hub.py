@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ConfigError, InputError, OnboardError
-from tasks.settings import Settings
+from tasks.settings import REPOSITORY, Settings
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PROBE_SECONDS = 3
 _QUANTISATION = "hf_quant_config.json"
 _LISTED = 30
@@ -82,7 +80,7 @@ class Hub:
                 get_session().head(api.endpoint, timeout=_PROBE_SECONDS)
                 self._reached = True
             listed = api.list_models(**query, limit=_LISTED, fetch_config=True)
-            return [_model(found) for found in listed if REPO_ID.fullmatch(str(found.id))]
+            return [_model(found) for found in listed if REPOSITORY.fullmatch(str(found.id))]
 
         try:
             return _within(self._deadline - time.monotonic(), ask)

@@ -10,7 +10,7 @@ from prefect import get_run_logger
 
 from tasks import manifest, settings
 from tasks.manifest import Upstream
-from tasks.publish import checklist, render, watch
+from tasks.publish import checklist, render
 from tasks.publish.base import Branch, NothingNewError, OpensPullRequests, Post
 from tasks.publish.publishers import Publishers
 from tasks.publish.render import Subject
@@ -59,7 +59,7 @@ def _opened(publisher: OpensPullRequests, post: Post, branch: Branch) -> str:
 def _say_manual(path: Path, url: str) -> None:
     """Say in the manifest that what is in the outbox is for somebody to send."""
     if not is_public(url):
-        watch.record(path, {url: Upstream(state="manual")})
+        manifest.record_upstream(path, {url: Upstream(state="manual")})
 
 
 def _note_request(subject: Subject, url: str | None) -> None:

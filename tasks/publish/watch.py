@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -137,22 +136,6 @@ def _is_settled(known: Upstream | None, now: dt.datetime) -> bool:
     return known.state == "merged" or (known.state in _ENDED and now - known.checked < _ASKED_AGAIN)
 
 
-def record(path: Path, told: Mapping[str, Upstream]) -> RunManifest:
-    """Record what has become of things published; what else was known of them stays.
-
-    Args:
-        path: the run manifest.
-        told: URL -> what has become of it.
-    """
-
-    def change(run: RunManifest) -> None:
-        known = run.upstream or {}
-        news = {url: _with(known.get(url), found) for url, found in told.items()}
-        run.upstream = {**known, **news}
-
-    return manifest.update(path, change) if told else manifest.load(path)
-
-
 def record_base(path: Path, url: str, base: str) -> None:
     """Record with which commit of its repository a coverage pull request merges.
 
@@ -167,11 +150,6 @@ def record_base(path: Path, url: str, base: str) -> None:
         run.upstream = {**(run.upstream or {}), url: known.model_copy(update={"base": base})}
 
     manifest.update(path, change)
-
-
-def _with(known: Upstream | None, found: Upstream) -> Upstream:
-    new: dict[str, Any] = {name: getattr(found, name) for name in found.model_fields_set}
-    return known.model_copy(update=new) if known else found
 
 
 def news(before: RunManifest, after: RunManifest) -> list[str]:

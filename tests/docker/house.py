@@ -7,13 +7,12 @@ import secrets
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import docker
 import tomli_w
 
 from tasks import files
-from tests.conftest import DATA, copy_workspace
+from tests.conftest import DATA, copy_workspace, listening
 from tests.docker.database import Database, database
 from tests.docker.served import Prefect, Service, prefect_server, redis
 
@@ -112,10 +111,8 @@ def _webhook(told: list[str]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Taken) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/told"
-        server.shutdown()
+    with listening(Taken) as url:
+        yield f"{url}/told"
 
 
 @contextmanager

@@ -9,11 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import tomli_w
 from tasks import files, git, manifest
 from tasks.discover.candidates import MODELS
 from tasks.discover.cookbook import FOLDER
-from tests.conftest import DATA
+from tests.conftest import DATA, listening
 from tests.docker.database import Database, database, why_not
 from tests.docker.served import Prefect, Service, prefect_server, until
 from tests.unit.test_candidates import NOW, Repository, family, model
@@ -173,10 +172,8 @@ def hub_at(hub: Hub) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with listening(Handler) as url:
+        yield url
 
 
 def make_remotes(folder: Path) -> dict[str, Repository]:

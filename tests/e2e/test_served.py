@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,13 @@ import httpx
 import pytest
 
 from tasks import manifest
+from tests.docker.served import until
 from tests.e2e.conftest import CONFIG
 
 pytestmark = [pytest.mark.e2e, pytest.mark.bench_extra]
 
 NORM = "fused_add_rmsnorm_h2048"
 _DEADLINE_SECONDS = 200
-
-
-def _until(what: str, ask: Callable[[], Any]) -> Any:
-    """Ask until there is an answer."""
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if answer := ask():
-                return answer
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"waited {_DEADLINE_SECONDS} s for {what}")
 
 
 @pytest.fixture
@@ -77,7 +64,7 @@ def _deployment(api: httpx.Client, name: str) -> dict[str, Any]:
         found = api.get(f"/deployments/name/{name}/{name}")
         return found.json() if found.status_code == 200 else None
 
-    return _until(f"deployment {name}", ask)
+    return until(f"deployment {name}", ask, _DEADLINE_SECONDS)
 
 
 def _final(api: httpx.Client, run_id: str, count: int = 1) -> dict[str, Any]:
@@ -86,7 +73,7 @@ def _final(api: httpx.Client, run_id: str, count: int = 1) -> dict[str, Any]:
         final = run["state"]["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
         return run if final and run["run_count"] >= count else None
 
-    return _until(f"flow run {run_id}", ask)
+    return until(f"flow run {run_id}", ask, _DEADLINE_SECONDS)
 
 
 def test_trigger_fan_out_and_retry_of_one_kernel(

@@ -6,9 +6,8 @@ import datetime as dt
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from tasks.discover.syntax import entry_classes, parse
 from tasks.errors import InputError
 from tasks.git import AUTHOR, git
 from tasks.settings import Settings
-from tests.conftest import DATA
+from tests.conftest import DATA, listening
 
 NOW = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
 
@@ -382,11 +381,8 @@ def hub() -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with listening(Handler) as url:
+        yield url
 
 
 def test_the_hub(sglang: Repository, cookbook: Repository, bench: Repository, hub: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from tasks.discover.hub import fetch_config
 from tasks.errors import ConfigError, InputError
 from tasks.model import read_config, weight_bytes
 from tasks.settings import Settings
-from tests.conftest import DATA
+from tests.conftest import DATA, listening
 
 NEMOTRON = "nvidia--NVIDIA-Nemotron-3-Super-120B-A12B-FP8"
 FILES = {
@@ -56,11 +55,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with listening(Handler) as url:
+        yield url
 
 
 def fetch(hub: str, repo_id: str, tmp_path: Path) -> Path:
@@ -101,13 +97,9 @@ def test_what_cannot_be_fetched(
 def test_without_the_hub_what_it_answered_before_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for repo_id in ("acme/plain", "acme/quantised"):
-        fetch(url, repo_id, tmp_path)
-    server.shutdown()
-    server.server_close()
+    with listening(Handler) as url:
+        for repo_id in ("acme/plain", "acme/quantised"):
+            fetch(url, repo_id, tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for it
     assert read_config(fetch(url, "acme/plain", tmp_path)).quantization is None
     assert read_config(fetch(url, "acme/quantised", tmp_path)).quantization is not None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from flows.nightly import Night, NightlyRequest, choose, markdown, onboarding
 from tasks.discover.candidates import Candidate, Discovery
 from tasks.discover.hub import Hub, HubError
 from tasks.settings import Settings
+from tests.conftest import listening
 
 WORKSPACE = Path("/nowhere")
 
@@ -96,10 +96,8 @@ def ailing_hub() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with listening(Handler) as url:
+        yield url
 
 
 def test_a_hub_that_ails_is_given_up_in_time(ailing_hub: str, tmp_path: Path) -> None:

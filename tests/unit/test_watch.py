@@ -55,7 +55,7 @@ class Upstreams:
             Outbox(self.path.parent / "outbox"), self.hub.publisher(), self.github.publisher
         )
         found = watch.look(self.run, Sites(publishers.state_of), now)
-        watch.record(self.path, found.told)
+        manifest.record_upstream(self.path, found.told)
         return found
 
     @property
@@ -169,7 +169,9 @@ def test_what_is_closed_has_its_reviewers_last_words(upstreams: Upstreams) -> No
     # Somebody may open it again, which is seen within a day.
     hub.hub.set_status(hub.repository.discussions[0], "open", "maintainer")
     (url,) = (url for url in upstreams.run.upstream or {} if "discussions" in url)
-    watch.record(upstreams.path, {url: Upstream(state="rejected", said="No.", checked=NOON)})
+    manifest.record_upstream(
+        upstreams.path, {url: Upstream(state="rejected", said="No.", checked=NOON)}
+    )
     assert url not in upstreams.look(NOON + 0.9 * DAY).told
     assert upstreams.states()[0] == "rejected"
     assert url in upstreams.look(NOON + DAY).told
@@ -378,13 +380,13 @@ def test_open_coverage_pull_requests_are_seen_to_once_for_each_document(tmp_path
         url: Upstream.model_validate({"state": state})
         for url, state in zip(urls.values(), STATES, strict=True)
     }
-    run = watch.record(path, told)
+    run = manifest.record_upstream(path, told)
     behind = watch.behind(run, told, "b1")
     assert {run.upstream_of(urls[name]).state for name in behind} == watch.OPEN  # type: ignore[union-attr]
     for name in behind:
         watch.record_base(path, urls[name], "b1")
     # A later look keeps it.
-    run = watch.record(path, told)
+    run = manifest.record_upstream(path, told)
     assert watch.behind(run, told, "b1") == []
     assert watch.behind(run, told, "b2") == behind
     assert watch.behind(run, {}, "b2") == []
