@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from prefect import get_client
@@ -29,6 +29,7 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
+from tasks.manifest import KernelState, title_of
 from tasks.settings import HF_TOKEN_BLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,11 +254,10 @@ def automations(lost: timedelta, notify: str | None) -> Iterator[AutomationCore]
 
 
 _GOES_ON = ("AwaitingRetry", "Scheduled", "Pending", "Running")
-# Events bear the names of states; a kernel's last one has a name of its own (flows/kernel.py).
+# Events bear the names of states; that in which a kernel's run ends has a name of its own.
 _ENDS = (
     *("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused", "AwaitingRetry"),
-    *("New", "Existing", "Defined", "Collected", "Published", "Waiting", "Needs reference"),
-    *("Merged", "Rejected", "Changes requested"),
+    *(title_of(state) for state in get_args(KernelState)),
 )
 
 

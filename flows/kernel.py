@@ -63,10 +63,8 @@ def onboard_kernel(request: OnboardRequest, path: Path, name: str) -> State[str]
     state = run.state(run.kernel(name))
     get_run_logger().info("%s: %s", name, state)
     # The name is what the UI shows: a kernel that waits for upstream is not simply completed.
-    name_of_state = state.replace("_", " ").capitalize()
-    return Completed(
-        name=name_of_state, message=Report(run, path).summary(run.kernel(name)), data=state
-    )
+    said = Report(run, path).summary(run.kernel(name))
+    return Completed(name=manifest.title_of(state), message=said, data=state)
 
 
 def _onboard(request: OnboardRequest, path: Path, name: str) -> None:

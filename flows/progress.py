@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +66,7 @@ class Progress:
 
     def __init__(self, workspace: Path, model_slug: str, console: Console) -> None:
         self._workspace, self._slug, self._console = workspace, model_slug, console
-        self._seen: dict[str, str] | None = None
+        self._seen: Mapping[str, str] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._live = Live(console=console, transient=True) if console.is_terminal else None
@@ -113,7 +113,7 @@ class Progress:
         self._seen = states
 
 
-def _table(run: RunManifest, states: dict[str, str]) -> Table:
+def _table(run: RunManifest, states: Mapping[str, str]) -> Table:
     counts = Counter(states.values())
     title = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     table = Table(title=f"{run.model_slug}: {title}", box=None, show_header=False)

@@ -34,6 +34,22 @@ NEEDS_REFERENCE = "needs_reference"
 """Value of `phase2_status`: nobody has written the kernel's reference yet."""
 
 
+KernelState = Literal[
+    "new",
+    "existing",
+    "defined",
+    "needs_reference",
+    "collected",
+    "published",
+    "waiting",
+    "merged",
+    "changes_requested",
+    "rejected",
+    "failed",
+]
+"""How far a kernel has come (`RunManifest.state`)."""
+
+
 class RepoShas(BaseModel):
     """Short commit SHAs of the sources a run was made from."""
 
@@ -188,14 +204,14 @@ class RunManifest(BaseModel):
                 return entry
         raise ManifestError(f"manifest of {self.model_slug}: no kernel {definition_name!r}")
 
-    def state(self, entry: KernelEntry) -> str:
+    def state(self, entry: KernelEntry) -> KernelState:
         """Say in a word or two how far a kernel has come; derived, never stored."""
         pulls = self.phase4.get(entry.definition_name, PullRequests())
         pair = pulls.flashinfer_trace_pr, pulls.flashinfer_bench_pr
         became = [found.state if (found := self.upstream_of(url)) else None for url in pair]
         existing = entry.route is Route.NOTHING
         awaited = entry.route is Route.AWAIT_SGLANG and self.upstream_of(entry.sglang_pr_url)
-        facts = (
+        facts: tuple[tuple[KernelState, object], ...] = (
             ("failed", entry.error and not existing),
             ("rejected", "rejected" in became),
             ("changes_requested", "changes_requested" in became),
@@ -228,6 +244,11 @@ class RunManifest(BaseModel):
         # What is in the outbox waits for somebody to send it.
         outbox = url and url.startswith("file:")
         return known or (Upstream(state="manual") if outbox else None)
+
+
+def title_of(state: KernelState) -> str:
+    """Return a kernel's state as Prefect's UI shows it: the name of its run's last state."""
+    return state.replace("_", " ").capitalize()
 
 
 def file_name(model_slug: str, date: dt.date) -> str:

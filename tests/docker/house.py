@@ -30,6 +30,7 @@ DECODE = "gqa_paged_decode_h32_kv4_d128_ps1"
 RAGGED = "gqa_ragged_prefill_causal_h32_kv4_d128"
 NORM = "fused_add_rmsnorm_h2048"
 SECONDS = 300.0
+_LABEL = "onboard.test"
 PLANTED = {name: f"planted-{name}-{secrets.token_hex(12)}" for name in ("hub", "github")}
 """Tokens that nothing may show: the Hub's is kept by the server, GitHub's the control worker's."""
 
@@ -63,9 +64,12 @@ class House:
 
     def serving(self) -> docker.models.containers.Container | None:
         """Return the container in which SGLang has been launched, while there is one."""
+        servers = ("sglang.launch_server", "tasks.collect.engine")
         for container in self.containers():
-            commands = [" ".join(row) for row in container.top()["Processes"]]
-            servers = ("sglang.launch_server", "tasks.collect.engine")
+            try:
+                commands = [" ".join(row) for row in container.top()["Processes"]]
+            except docker.errors.APIError:
+                continue  # It has ended since it was listed.
             if any(server in command for command in commands for server in servers):
                 return container
         return None
@@ -137,6 +141,7 @@ def open_house(
     workspace = copy_workspace(cloned, folder / "store" / "workspace")
     config = json.loads((DATA / "configs" / "Qwen--Qwen3-30B-A3B.json").read_text())
     files.write_json(workspace / "model" / "config.json", {**config, "num_hidden_layers": 2})
+    label = f"{folder.name}-{secrets.token_hex(6)}"  # other folders have the same name
     variables = {
         "user": "0",  # the folders are this test's user's
         "shm_size": "256m",
@@ -146,7 +151,7 @@ def open_house(
             f"{ROOT / 'tests' / 'docker' / 'flows'}:/opt/tests:ro",
         ],
         "env": {"PYTHONPATH": "/opt/app:/opt/fakes"},
-        "labels": {"onboard.test": folder.name},
+        "labels": {_LABEL: label},
     }
     with ExitStack() as stack:
         kept = stack.enter_context(database())
@@ -191,7 +196,7 @@ def open_house(
             store=folder / "store",
             workspace=workspace,
             gpu_locks=folder / "gpu-locks",
-            label=f"onboard.test={folder.name}",
+            label=f"{_LABEL}={label}",
             told=told,
             bootstrap=bootstrap,
         )

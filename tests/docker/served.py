@@ -19,6 +19,7 @@ import httpx
 import psutil
 import tomli_w
 from redis import Redis, RedisError
+from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from flows.embedded import die_with_parent
 from tasks.collect.keeper import free_port
@@ -49,6 +50,19 @@ def until(
                 return answer
         time.sleep(0.2)
     raise AssertionError(f"waited {seconds:.0f} s for {what}")
+
+
+class _Patient(httpx.HTTPTransport):
+    """Asks again where the server is too busy to answer, as Prefect's own client does."""
+
+    @retry(
+        retry=retry_if_result(lambda said: said.status_code == httpx.codes.SERVICE_UNAVAILABLE),
+        stop=stop_after_delay(30),
+        wait=wait_fixed(0.5),
+        retry_error_callback=lambda tried: tried.outcome and tried.outcome.result(),
+    )
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return super().handle_request(request)
 
 
 @dataclass(frozen=True)
@@ -228,7 +242,7 @@ def prefect_server(
     start = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
     auth = httpx.BasicAuth(*password.split(":"))
     with (
-        httpx.Client(base_url=url, auth=auth, timeout=10, trust_env=False) as api,
+        httpx.Client(base_url=url, auth=auth, timeout=30, transport=_Patient()) as api,
         _running(
             [sys.executable, "-m", "prefect", *start], environment, folder / "server.log"
         ) as server,

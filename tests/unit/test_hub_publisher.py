@@ -175,11 +175,17 @@ def test_two_processes_at_once(place: Place) -> None:
             both.wait(0.5)  # in vain, as only one has found that there is nothing yet
 
     place.hub.fail(Fault("preupload", times=2, act=meet))
-    work = (POST, place.branch(FILES))
-    publish = place.publisher().open_pull_request
-    children = [FORK.Process(target=publish, args=work) for _ in range(2)]
+    publisher, branch = place.publisher(), place.branch(FILES)
+    both_are_there = FORK.Event()  # no process begins while the server is at work
+
+    def publish() -> None:
+        both_are_there.wait(60)
+        publisher.open_pull_request(POST, branch)
+
+    children = [FORK.Process(target=publish) for _ in range(2)]
     for child in children:
         child.start()
+    both_are_there.set()
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
