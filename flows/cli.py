@@ -213,11 +213,11 @@ def _dry_run(request: OnboardRequest) -> int:
     """Take the inventory in a temporary folder and say what a run would do."""
     from flows.rehearsal import rehearse
     from flows.report import Report
-    from tasks.request import check_sglang_pr, remaining_steps
+    from tasks.request import check_names, remaining_steps
 
     with tempfile.TemporaryDirectory(prefix="onboard-dry-run-") as folder:
         run, path = rehearse(request, Path(folder), typer.echo)
-    check_sglang_pr(request, run)
+    check_names(request, run)
     report = Report(run, path)
     _print_report(report)
     typer.echo("Would do:")

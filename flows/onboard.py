@@ -30,7 +30,7 @@ from tasks.define.task import draft
 from tasks.discover.task import discover_kernels
 from tasks.errors import InputError, OnboardError
 from tasks.repos.clone import PHASE0, in_hand
-from tasks.request import OnboardRequest, Step, check_sglang_pr, remaining_steps
+from tasks.request import OnboardRequest, Step, check_names, remaining_steps
 from tasks.step import artifact_key, only_shown
 
 
@@ -76,7 +76,7 @@ def onboard_model(request: OnboardRequest) -> State[Outcome]:
     elif not path.exists():
         raise InputError(f"{path}: there is no manifest yet; run phase 1 first")
     run = manifest.load(path)
-    check_sglang_pr(request, run)
+    check_names(request, run)
     todo = {
         entry.definition_name: steps
         for entry in run.kernels

@@ -40,13 +40,19 @@ def publish(
     as_json: AsJson = False,
     workspace: Workspace = None,
 ) -> int:
-    """Open the pull requests of what is complete, and what is to be asked upstream (phase 4)."""
+    """Open the pull requests of what is complete, and what is to be asked upstream (phase 4).
+
+    Those of definitions that are named are brought up to date if they are open already.
+    """
     names = listed(definitions)
     if definitions and not names:
         raise InputError("--definitions: names no definition")
     paths = [manifest.absolute()] if manifest else newest_manifests(workspace)
-    work = _Work.found(paths, names)
-    return _check(work, as_json=as_json) if check else _publish(work, as_json=as_json)
+    work, damaged = _Work.found(paths, names)
+    code = _check(work, as_json=as_json) if check else _publish(work, as_json=as_json)
+    for error in damaged:
+        typer.echo(f"onboard: {error}", err=True)
+    return max(code, 1 if damaged else 0)
 
 
 class _Work:
@@ -61,6 +67,7 @@ class _Work:
             hf_repo_id=run.hf_repo_id,
             workspace=path.parent,
             phases=(4,),
+            renew=tuple({*names} & {entry.definition_name for entry in run.kernels}),
         )
         self.entries: list[KernelEntry] = [
             entry
@@ -84,21 +91,30 @@ class _Work:
         return [entry for entry in self.entries if Step.PUBLISH_COVERAGE in self.steps(entry)]
 
     @classmethod
-    def found(cls, paths: Sequence[Path], names: Sequence[str]) -> list[_Work]:
-        """Return what there is to publish of some runs.
+    def found(
+        cls, paths: Sequence[Path], names: Sequence[str]
+    ) -> tuple[list[_Work], list[OnboardError]]:
+        """Return what there is to publish of some runs, and why there is nothing of others.
 
         Raises:
-            InputError: a manifest is damaged, or none has one of the names.
+            InputError: the only manifest is damaged, or none has one of the names.
         """
         from tasks import manifest as manifests
 
-        work = [cls(path, manifests.load(path), names) for path in paths]
+        work, damaged = [], []
+        for path in paths:
+            try:
+                work.append(cls(path, manifests.load(path), names))
+            except OnboardError as error:
+                if len(paths) == 1:
+                    raise
+                damaged.append(error)
         known = {entry.definition_name for part in work for entry in part.entries}
         unknown = [name for name in names if name not in known]
         if unknown:
             where = ", ".join(str(path) for path in paths)
             raise InputError(f"--definitions: {where} has no kernel named {', '.join(unknown)}")
-        return work
+        return work, damaged
 
 
 def _check(work: Sequence[_Work], *, as_json: bool) -> int:
@@ -118,7 +134,6 @@ def _checklists(part: _Work, entry: KernelEntry) -> Iterator[Checklist]:
     """Yield the checklists of a definition's pair of pull requests."""
     from tasks import settings
     from tasks.publish import checklist, render
-    from tasks.publish.base import Checklist, Finding
     from tasks.publish.publishers import sends_to_github, sends_to_hub
     from tasks.publish.render import Subject
     from tasks.publish.requested import is_public
@@ -126,12 +141,15 @@ def _checklists(part: _Work, entry: KernelEntry) -> Iterator[Checklist]:
 
     options = settings.load_settings(part.path.parent)
     subject = Subject.of(part.run, entry, options)
-    dataset = checklist.check_dataset(subject)
+    try:
+        dataset = checklist.check_dataset(subject)
+    except OnboardError as error:
+        yield _not_ready(entry, "dataset", "files", f"cannot be read: {error}")
+        return
     yield dataset
     if dataset.failed:
         return
-    pulls = part.run.phase4.get(entry.definition_name)
-    opened = (pulls.flashinfer_trace_pr if pulls else None) or ""
+    opened = part.run.pull_requests(entry.definition_name).flashinfer_trace_pr or ""
     if Step.PUBLISH_DATASET in part.steps(entry):
         opened = ""
     upstream = sends_to_github(options) and (is_public(opened) or sends_to_hub(options))
@@ -142,8 +160,13 @@ def _checklists(part: _Work, entry: KernelEntry) -> Iterator[Checklist]:
             post, branch = render.coverage_pull_request(subject, clone, opened, edited)
             yield checklist.check_coverage(subject, post, branch, opened, upstream=upstream)
         except OnboardError as error:
-            wrong = Finding("document", ok=False, message=f"cannot be edited: {error}")
-            yield Checklist(entry.definition_name, "coverage", (wrong,))
+            yield _not_ready(entry, "coverage", "document", f"cannot be edited: {error}")
+
+
+def _not_ready(entry: KernelEntry, kind: str, item: str, why: str) -> Checklist:
+    from tasks.publish.base import Checklist, Finding
+
+    return Checklist(entry.definition_name, kind, (Finding(item, ok=False, message=why),))
 
 
 def _shown(path: Path, lists: dict[str, list[Checklist]]) -> dict[str, Any]:
@@ -206,46 +229,24 @@ def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
     from rich.console import Console
 
     from flows.embedded import prefect_server
-    from tasks import manifest as manifests
 
     if not any(part.entries for part in work):
         typer.echo("[]" if as_json else "nothing to publish")
         return 0
     for workspace in {part.path.parent for part in work if part.pairs}:
         _update_document(workspace)
+    rows: list[dict[str, str]] = []
+    wrong = []
     with prefect_server(work[0].path.parent):
-        from prefect import tags
-
-        from flows.kernel import onboard_kernel
         from flows.progress import log_lines
 
         with log_lines(Console(stderr=True)):
             for part in work:
-                for entry in part.entries:
-                    name = entry.definition_name
-                    manifests.update_kernel(part.path, name)  # an earlier error is forgotten
-                    # What fails is in the manifest then, and stops no other.
-                    with tags(f"model:{part.run.model_slug}", f"kernel:{name}"):
-                        onboard_kernel(part.request, part.path, name, return_state=True)
-    rows = []
-    for part in work:
-        run = manifests.load(part.path)
-        for entry in part.entries:
-            now = run.kernel(entry.definition_name)
-            links = run.links(now)
-            pair = {kind: links.pop(kind, "-") for kind in ("dataset", "coverage")}
-            error = now.error or ""
-            if not part.steps(entry) and "-" in pair.values():
-                error = f"{entry.definition_name}: there is nothing to publish of it yet"
-            rows.append(
-                {
-                    "definition": entry.definition_name,
-                    "state": run.state(now),
-                    **pair,
-                    "requests": ", ".join(links.values()) or "-",
-                    "error": error,
-                }
-            )
+                try:
+                    _publish_run(part)
+                    rows += _became(part)
+                except OnboardError as error:  # of its manifest
+                    wrong.append(str(error))
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
@@ -253,4 +254,41 @@ def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
         for row in rows:
             if row["error"]:
                 typer.secho(f"failed: {row['error']}", fg="red")
-    return 1 if any(row["error"] for row in rows) else 0
+    for text in wrong:
+        typer.echo(f"onboard: {text}", err=True)
+    return 1 if wrong or any(row["error"] for row in rows) else 0
+
+
+def _publish_run(part: _Work) -> None:
+    """Publish what there is of a run; what fails is in its manifest then, and stops no other."""
+    from prefect import tags
+
+    from flows.kernel import onboard_kernel
+    from tasks import manifest
+
+    for entry in part.entries:
+        name = entry.definition_name
+        manifest.update_kernel(part.path, name)  # an earlier error is forgotten
+        with tags(f"model:{part.run.model_slug}", f"kernel:{name}"):
+            onboard_kernel(part.request, part.path, name, return_state=True)
+
+
+def _became(part: _Work) -> Iterator[dict[str, str]]:
+    """Yield what has become of the kernels of a run."""
+    from tasks import manifest
+
+    run = manifest.load(part.path)
+    for entry in part.entries:
+        now = run.kernel(entry.definition_name)
+        links = run.links(now)
+        pair = {kind: links.pop(kind, "-") for kind in ("dataset", "coverage")}
+        error = now.error or ""
+        if not error and not part.steps(entry) and "-" in pair.values():
+            error = f"{entry.definition_name}: there is nothing to publish of it yet"
+        yield {
+            "definition": entry.definition_name,
+            "state": run.state(now),
+            **pair,
+            "requests": ", ".join(links.values()) or "-",
+            "error": error,
+        }

@@ -60,6 +60,12 @@ class DefinitionFiles:
         """`tests/references/test_{name}.py`."""
         return PurePosixPath("tests", "references", f"test_{self.name}.py")
 
+    @property
+    def owned(self) -> tuple[PurePosixPath, ...]:
+        """Its files and folders; nothing in them is of another definition."""
+        given = (self.definition, self.reference_test, self.workloads, self.traces)
+        return (*given, self.solutions, self.blobs)
+
     def staged(self, root: Path) -> Iterator[PurePosixPath]:
         """Yield the files of this definition that exist below `root`, in a fixed order.
 

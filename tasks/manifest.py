@@ -204,9 +204,13 @@ class RunManifest(BaseModel):
                 return entry
         raise ManifestError(f"manifest of {self.model_slug}: no kernel {definition_name!r}")
 
+    def pull_requests(self, definition_name: str) -> PullRequests:
+        """Return a definition's pair, as far as it is there."""
+        return self.phase4.get(definition_name, PullRequests())
+
     def state(self, entry: KernelEntry) -> KernelState:
         """Say in a word or two how far a kernel has come; derived, never stored."""
-        pulls = self.phase4.get(entry.definition_name, PullRequests())
+        pulls = self.pull_requests(entry.definition_name)
         pair = pulls.flashinfer_trace_pr, pulls.flashinfer_bench_pr
         became = [found.state if (found := self.upstream_of(url)) else None for url in pair]
         existing = entry.route is Route.NOTHING
@@ -228,7 +232,7 @@ class RunManifest(BaseModel):
 
     def links(self, entry: KernelEntry) -> dict[str, str]:
         """Return what was published and asked for upstream for a kernel: kind -> URL."""
-        pulls = self.phase4.get(entry.definition_name, PullRequests())
+        pulls = self.pull_requests(entry.definition_name)
         found = {
             "dataset": pulls.flashinfer_trace_pr,
             "coverage": pulls.flashinfer_bench_pr,
@@ -374,7 +378,7 @@ def record_pull_request(path: Path, definition_name: str, **urls: str) -> None:
     """Record the URL of a pull request in `phase4`, keeping its sibling's."""
 
     def change(manifest: RunManifest) -> None:
-        known = manifest.phase4.get(definition_name, PullRequests())
+        known = manifest.pull_requests(definition_name)
         manifest.phase4 = {
             **manifest.phase4,
             definition_name: known.model_copy(update=urls),

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tasks.errors import InputError
 from tasks.files import safe_name
@@ -18,10 +18,9 @@ from tasks.manifest import DONE, NEEDS_REFERENCE, KernelEntry, PullRequests, Rou
 from tasks.publish.outbox import can_be_sent
 from tasks.publish.publishers import sends_to_github, sends_to_hub
 from tasks.publish.requested import is_public
-from tasks.settings import REPOSITORY, Settings, load_settings
+from tasks.settings import REPOSITORY, Settings, github_site, load_settings
 
 ALL_PHASES = (0, 1, 2, 3, 4)
-_GITHUB = "https://github.com"
 _PULL_REQUEST = re.compile(
     rf"(?:(?P<kernel>[^=:/\s]+)=)?(?P<site>https?://[^/\s@?#]+)/(?P<path>{REPOSITORY.pattern}"
     r"/pull/[1-9][0-9]{0,9})/?",
@@ -94,6 +93,12 @@ class OnboardRequest(BaseModel):
         "those of an op type.",
         examples=[["sampling=https://github.com/sgl-project/sglang/pull/12345"]],
     )
+    renew: tuple[str, ...] = Field(
+        default=(),
+        description="Definitions whose open pull requests are brought up to date with what is "
+        "staged now, as after changes that a reviewer asked for.",
+        examples=[["gqa_paged_decode_h32_kv4_d128_ps1"]],
+    )
 
     @field_validator("model_name")
     @classmethod
@@ -117,16 +122,17 @@ class OnboardRequest(BaseModel):
 
     @field_validator("sglang_pr")
     @classmethod
-    def _pull_requests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _pull_requests(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        site = github_site(load_settings(info.data.get("workspace")).publish.github_url)
         found: dict[str, str] = {}
         for text in value:
             match = _PULL_REQUEST.fullmatch(text)
-            if not match or match["site"].lower() != _GITHUB:
+            if not match or match["site"].lower() != site:
                 raise ValueError(
                     f"{redact(text)!r} is not [KERNEL=]URL with a pull request's URL "
-                    f"({_GITHUB}/OWNER/REPOSITORY/pull/NUMBER)"
+                    f"({site}/OWNER/REPOSITORY/pull/NUMBER)"
                 )
-            kernel, url = match["kernel"] or "", f"{_GITHUB}/{match['path']}"
+            kernel, url = match["kernel"] or "", f"{site}/{match['path']}"
             if found.setdefault(kernel, url) != url:
                 raise ValueError(f"{found[kernel]} and {url} are both for {kernel or 'all'}")
         return tuple(f"{kernel}={url}" if kernel else url for kernel, url in found.items())
@@ -157,19 +163,23 @@ def parse_request(**fields: Any) -> OnboardRequest:
         raise InputError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def check_sglang_pr(request: OnboardRequest, run: RunManifest) -> None:
-    """Check that pull requests are named for kernels or op types that the model has.
+def check_names(request: OnboardRequest, run: RunManifest) -> None:
+    """Check that what a request names are kernels, or op types, that the model has.
 
     Raises:
         InputError: one is not.
     """
-    known = {name for entry in run.kernels for name in (entry.definition_name, entry.op_type)}
+    kernels = {entry.definition_name for entry in run.kernels}
+    known = kernels | {entry.op_type for entry in run.kernels}
     for text in request.sglang_pr:
         kernel = text.rpartition("=")[0]
         if kernel and kernel not in known:
             raise InputError(
                 f"--sglang-pr: {kernel!r} is no kernel and no op type of {run.model_slug}"
             )
+    for name in request.renew:
+        if name not in kernels:
+            raise InputError(f"renew: {name!r} is no kernel of {run.model_slug}")
 
 
 class Step(Enum):
@@ -213,7 +223,7 @@ def remaining_steps(
     definition; sgl_missing -> define, prepare SGLang's pull request, wait; integrated -> define,
     collect, publish; nothing to collect -> define, publish the definition. Where FlashInfer has the
     kernel's API but no trace template for it, that is requested too. What is in the outbox is not
-    done once there is a token for its site.
+    done once there is a token for its site, and what is to be renewed is published again.
 
     While nobody has written the kernel's reference, of these only the requests are made.
     """
@@ -236,8 +246,9 @@ def remaining_steps(
         route is Route.COLLECT and collected
     )
     if request.publishes and complete:
-        pulls = manifest.phase4.get(entry.definition_name, PullRequests())
-        steps += _pull_requests(pulls, sites, requested=Step.REQUEST_KERNEL in steps)
+        pulls = manifest.pull_requests(entry.definition_name)
+        renewed = Step.REQUEST_KERNEL in steps or entry.definition_name in request.renew
+        steps += _pull_requests(pulls, sites, renewed=renewed)
     return tuple(steps)
 
 
@@ -267,13 +278,13 @@ def _prepares_sglang(entry: KernelEntry, request: OnboardRequest, sites: _Sites)
     return goes_on and request.submit_prs and sites.lack(entry.sglang_pr_url)
 
 
-def _pull_requests(pulls: PullRequests, sites: _Sites, *, requested: bool) -> Iterator[Step]:
+def _pull_requests(pulls: PullRequests, sites: _Sites, *, renewed: bool) -> Iterator[Step]:
     """Yield what is left of a definition's pair.
 
     Both link the kernel request, and the coverage's links the dataset's.
     """
     dataset, coverage = pulls.flashinfer_trace_pr, pulls.flashinfer_bench_pr
-    publishes = requested or sites.dataset_lacks(dataset)
+    publishes = renewed or sites.dataset_lacks(dataset)
     if publishes:
         yield Step.PUBLISH_DATASET
     if publishes or coverage is None or (is_public(dataset) and sites.lack(coverage)):

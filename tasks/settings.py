@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -110,6 +111,27 @@ class CollectSettings(BaseModel):
     def disk_bytes(self) -> int:
         """`disk_gb` in bytes."""
         return int(self.disk_gb * 1e9)
+
+
+def github_site(api_url: str) -> str:
+    """Return where people look at what a GitHub API is about, without a slash at the end.
+
+    Raises:
+        InputError: the URL is none.
+    """
+    try:
+        parts = urlsplit(api_url)
+        wrong = parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc
+        wrong = wrong or (parts.port or 1) < 1
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise InputError(
+            "publish.github_url: is not the URL of a GitHub API (https://api.github.com, "
+            "https://HOST/api/v3)"
+        )
+    enterprise = parts.path.strip("/")
+    return f"{parts.scheme}://{parts.netloc if enterprise else parts.netloc.removeprefix('api.')}"
 
 
 class PublishSettings(BaseModel):

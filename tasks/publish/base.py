@@ -76,6 +76,9 @@ class Branch:
     base: str = "HEAD"
     """The clone's commit that it starts from. Where files were made from those of a commit, that
     one: the clone may be updated in the meantime."""
+    owned: tuple[PurePosixPath, ...] = ()
+    """Files and folders of its own: what an earlier version of it had there, and it has no longer,
+    does not stay."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from github import Auth, Github
@@ -36,13 +36,13 @@ from github.Repository import Repository
 from pydantic import SecretStr
 from requests import RequestException
 
-from tasks.errors import InputError, PublishError
+from tasks.errors import InputError, OnboardError, PublishError
 from tasks.git import AUTHOR, GitError, check_remote, git
 from tasks.manifest import Upstream
 from tasks.publish.base import Branch, NothingNewError, Post, marker, text_of
 from tasks.publish.branch import write_commit
 from tasks.publish.markdown import one_line
-from tasks.settings import REPOSITORY
+from tasks.settings import REPOSITORY, github_site
 
 _log = logging.getLogger(__name__)
 _TOKEN = re.compile(r"[!-~]{1,1000}")
@@ -54,9 +54,12 @@ _SCOPES = (
     "a classic token needs the scope `public_repo` (and `workflow`, if the fork is behind), a "
     "fine-grained one write access to contents, issues and pull requests"
 )
-_FAILED = (GithubException, RequestException)
+_ODD = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""What the client makes of an answer that is not GitHub's: cut off, or a proxy's page."""
+_FAILED = (GithubException, RequestException, *_ODD)
 _AGAIN = "run it again later, and it goes on where it stopped"
-T = TypeVar("T")
+T = TypeVar("T", Issue, PullRequest, Repository)
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class GitHubPublisher:
             InputError: the URL is none, or the token cannot be one.
         """
         self._pace, self._token, self._locks = pace or Pace(), token, locks
-        self._web = _web_address(api_url)
+        self._web = github_site(api_url)
         if not _TOKEN.fullmatch(token.get_secret_value()):
             # Said here: the client's message would have it.
             raise InputError("github_token: is no token (letters, digits, '_' and such, no spaces)")
@@ -292,7 +295,7 @@ class GitHubPublisher:
         """Create what is not there; after a lost answer look for it before it is sent again."""
         for wait in self._pace.again:
             try:
-                return create()
+                return _made(create())
             except _FAILED as error:
                 if not _may_pass(error):
                     raise
@@ -300,7 +303,7 @@ class GitHubPublisher:
             found = find()
             if found is not None:
                 return found
-        return create()
+        return _made(create())
 
     def _issue(self, upstream: Repository, post: Post) -> Issue | None:
         """Return the issue that has the post's marker, of those of the token's user."""
@@ -447,29 +450,19 @@ def _nothing_new(upstream: Repository, post: Post, branch: Branch) -> NothingNew
     )
 
 
-def _web_address(api_url: str) -> str:
-    """Return where people look at what an API is about.
-
-    Raises:
-        InputError: the URL is none.
-    """
-    try:
-        parts = urlsplit(api_url)
-        wrong = parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc
-        wrong = wrong or (parts.port or 1) < 1
-    except ValueError:
-        wrong = True
-    if wrong:
-        raise InputError(
-            "publish.github_url: is not the URL of a GitHub API (https://api.github.com, "
-            "https://HOST/api/v3)"
-        )
-    enterprise = parts.path.strip("/")
-    return f"{parts.scheme}://{parts.netloc if enterprise else parts.netloc.removeprefix('api.')}"
-
-
 def _title(post: Post) -> str:
     return post.title if len(post.title) <= _TITLE else f"{post.title[: _TITLE - 1]}…"
+
+
+def _made(what: T) -> T:
+    """Return what was made, if the answer was about it.
+
+    Raises:
+        ValueError: it was not; the client knows nothing then, and does not mind.
+    """
+    if not what.html_url:
+        raise ValueError(f"no {type(what).__name__} is in it")
+    return what
 
 
 def _plain(text: str) -> str:
@@ -482,7 +475,7 @@ def _root(repository: Repository) -> str:
     return (repository.source or repository).full_name
 
 
-def _if_there(ask: Callable[[], T]) -> T | None:
+def _if_there(ask: Callable[[], U]) -> U | None:
     """Return what GitHub answers; None if it has no such thing, or nothing in it yet."""
     try:
         return ask()
@@ -603,6 +596,11 @@ def _explained(repository: str) -> Iterator[None]:
         raise PublishError(f"{repository}: GitHub {reason}; {_AGAIN}") from error
     except GithubException as error:
         raise PublishError(f"{repository}: {_reason(error)}") from error
+    except OnboardError:
+        raise
+    except _ODD as error:
+        odd = f"GitHub's answer is not understood ({type(error).__name__}: {one_line(error)})"
+        raise PublishError(f"{repository}: {odd[:_WORDS]}; {_AGAIN}") from error
 
 
 def _reason(error: GithubException) -> str:

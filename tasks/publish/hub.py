@@ -10,9 +10,10 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import logging
+import re
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -24,10 +25,13 @@ import httpx2
 from filelock import FileLock, Timeout
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
+    Discussion,
     DiscussionComment,
     DiscussionWithDetails,
     HfApi,
     RepoFile,
+    RepoFolder,
     get_session,
     set_client_factory,
 )
@@ -62,11 +66,15 @@ _LARGE = ".safetensors"
 """What goes to large file storage whatever its size."""
 _TIMEOUT = httpx2.Timeout(30, read=120)
 """Seconds; a commit of many files is answered when it is written."""
+_PATHS = 250
+"""Most paths of a question."""
 _LOCK_SECONDS = 3600
 _ATTEMPTS = 6
 _LONGEST_WAIT = 300
 """Seconds: the Hub counts requests over five minutes."""
 _MOST_SAID = 1000
+_TITLE = re.compile(r"Add [^\s:]+(?:: .*)?")
+"""How we title pull requests (`render.dataset_pull_request`)."""
 
 _State = Literal["open", "draft", "merged", "rejected"]
 _STATES: Mapping[str, _State] = {
@@ -75,10 +83,14 @@ _STATES: Mapping[str, _State] = {
     "merged": "merged",
     "closed": "rejected",
 }
-_FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError)
-"""What the library raises, also for an answer that is not the Hub's."""
+_FAILURES = (
+    *(httpx2.HTTPError, OSError, RuntimeError),
+    *(AttributeError, LookupError, TypeError, ValueError),
+)
+"""What the library raises; the second line is what it makes of an answer that is not the Hub's."""
 _SET_UP = threading.Lock()
 T = TypeVar("T")
+_Operation = CommitOperationAdd | CommitOperationDelete
 
 
 class GoneError(PublishError):
@@ -100,6 +112,10 @@ class _Wanted:
     left: dict[str, CommitOperationAdd]
     """By path, what is not known to be there. An operation knows its hash, and what of it is
     uploaded, so that nothing is done twice however often it is tried."""
+    paths: frozenset[str]
+    """Of all its files."""
+    owned: tuple[str, ...]
+    """Files and folders in which nothing else is to be."""
 
 
 class HubPublisher:
@@ -133,7 +149,7 @@ class HubPublisher:
             raise PublishError(f"{post.key}: is for {post.repository}, not {self._repository}")
         text = text_of(_without_pictures(post))
         with self._held(post):
-            wanted = _Wanted(post, text, branch.message, _operations(branch))
+            wanted = _wanted(post, text, branch)
             return self._patiently(lambda: self._publish(wanted))
 
     def state_of(self, url: str) -> Upstream:
@@ -240,7 +256,7 @@ class HubPublisher:
             discussion_status="all",
             repo_type="dataset",
         )
-        numbers = [pull.num for pull in listed if post.key in pull.title]
+        numbers = [pull.num for pull in listed if _may_be(pull, post)]
         pulls = [self._details(number) for number in sorted(numbers, reverse=True)]
         mark = marker(post.key, post.kind)
         return [pull for pull in pulls if (text := _text(pull)) and mark in text.content]
@@ -261,20 +277,47 @@ class HubPublisher:
         """Let an open pull request have everything; one that has is left as people left it."""
         revision = f"refs/pr/{pull.num}"
         self._forget_what_is_there(wanted.left, revision)
-        if wanted.left:
+        gone = self._no_longer_wanted(wanted, revision)
+        if wanted.left or gone:
             self._tell(pull, wanted)
-            self._send(wanted, revision)
+            self._send(wanted, revision, gone)
         return pull.url
 
     def _forget_what_is_there(self, left: dict[str, CommitOperationAdd], revision: str) -> None:
-        for part in _parts(tuple(left.values())):
-            paths = [operation.path_in_repo for operation in part]
+        for paths in _batches(tuple(left)):
             there = self._api.get_paths_info(
                 self._place, paths, revision=revision, repo_type="dataset"
             )
             for file in there:
                 if isinstance(file, RepoFile) and _is_same(left[file.path], file):
                     del left[file.path]
+
+    def _no_longer_wanted(
+        self, wanted: _Wanted, revision: str
+    ) -> tuple[CommitOperationDelete, ...]:
+        """Return what removes the files that only the pull request has, from an earlier version."""
+        extra = sorted(self._files_at(wanted.owned, revision) - wanted.paths)
+        kept = self._files_at(extra, "main") if extra else set()
+        return tuple(CommitOperationDelete(path) for path in extra if path not in kept)
+
+    def _files_at(self, paths: Sequence[str], revision: str) -> set[str]:
+        """Return the files that are there, and those in the folders that are."""
+        found = set()
+        for some in _batches(paths):
+            for entry in self._api.get_paths_info(
+                self._place, some, revision=revision, repo_type="dataset"
+            ):
+                if isinstance(entry, RepoFolder):
+                    found |= self._files_in(entry.path, revision)
+                else:
+                    found.add(entry.path)
+        return found
+
+    def _files_in(self, folder: str, revision: str) -> set[str]:
+        listed = self._api.list_repo_tree(
+            self._place, folder, recursive=True, revision=revision, repo_type="dataset"
+        )
+        return {entry.path for entry in listed if isinstance(entry, RepoFile)}
 
     def _tell(self, pull: DiscussionWithDetails, wanted: _Wanted) -> None:
         """Let title and text say what is about to be sent."""
@@ -286,15 +329,20 @@ class HubPublisher:
                 self._place, pull.num, told.id, new_content=wanted.text, repo_type="dataset"
             )
 
-    def _send(self, wanted: _Wanted, revision: str | None) -> str | None:
-        """Commit what is left to a pull request, or to a new one if none is given.
+    def _send(
+        self,
+        wanted: _Wanted,
+        revision: str | None,
+        gone: tuple[CommitOperationDelete, ...] = (),
+    ) -> str | None:
+        """Commit what is left, and what goes, to a pull request, or to a new one if none is given.
 
         Returns:
             The URL of the new one; the client makes none for files that are all on main.
         """
         url = None
         subject, _, body = wanted.message.partition("\n\n")
-        for part in _parts(tuple(wanted.left.values())):
+        for part in _parts((*wanted.left.values(), *gone)):
             new = revision is None
             made = self._api.create_commit(
                 self._place,
@@ -308,7 +356,7 @@ class HubPublisher:
             if new:
                 url, revision = made.pr_url, made.pr_revision
             for operation in part:
-                del wanted.left[operation.path_in_repo]
+                wanted.left.pop(operation.path_in_repo, None)
         return url
 
     def _explained(self, error: Exception) -> str:
@@ -395,8 +443,17 @@ def _without_pictures(post: Post) -> Post:
     return replace(post, body="\n".join(lines))
 
 
-def _operations(branch: Branch) -> dict[str, CommitOperationAdd]:
-    """Return what adds a branch's files; none of them is read if one cannot be published.
+def _may_be(pull: Discussion, post: Post) -> bool:
+    """Whether a pull request of ours is perhaps the post's: somebody may have changed its title.
+
+    Only one that still has the title of another definition is none.
+    """
+    title = pull.title
+    return title == post.title or post.key in title or not _TITLE.fullmatch(title)
+
+
+def _wanted(post: Post, text: str, branch: Branch) -> _Wanted:
+    """Return what a pull request is to be; no file is read if one cannot be published.
 
     Raises:
         PublishError: a path leads out of the repository, or a file cannot be published.
@@ -405,10 +462,12 @@ def _operations(branch: Branch) -> dict[str, CommitOperationAdd]:
     for path, source in branch.files.items():
         _check_path(path)
         _check_source(source.absolute(), branch.clone.absolute())
-    return {
+    left = {
         str(path): CommitOperationAdd(str(path), source.absolute())
         for path, source in branch.files.items()
     }
+    owned = tuple(map(str, branch.owned))
+    return _Wanted(post, text, branch.message, left, frozenset(left), owned)
 
 
 def _check_path(path: PurePosixPath) -> None:
@@ -433,12 +492,18 @@ def _check_source(source: Path, clone: Path) -> None:
         files.check_inside(clone, source.relative_to(clone).parent)
 
 
-def _parts(operations: Iterable[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+def _batches(paths: Sequence[str]) -> Iterator[list[str]]:
+    """Divide paths into those of one question each."""
+    for start in range(0, len(paths), _PATHS):
+        yield list(paths[start : start + _PATHS])
+
+
+def _parts(operations: Iterable[_Operation]) -> Iterator[list[_Operation]]:
     """Divide operations into those of one commit each."""
-    part: list[CommitOperationAdd] = []
+    part: list[_Operation] = []
     content = 0
     for operation in operations:
-        size = 0 if operation.path_in_repo.endswith(_LARGE) else operation.upload_info.size
+        size = _content_of(operation)
         full = len(part) == INITIAL_COMMIT_SIZE or content + size > REGULAR_CONTENT_BYTES_BUDGET
         if part and full:
             yield part
@@ -447,6 +512,13 @@ def _parts(operations: Iterable[CommitOperationAdd]) -> Iterator[list[CommitOper
         content += size
     if part:
         yield part
+
+
+def _content_of(operation: _Operation) -> int:
+    """Return how many bytes of a commit an operation takes."""
+    if isinstance(operation, CommitOperationDelete) or operation.path_in_repo.endswith(_LARGE):
+        return 0
+    return int(operation.upload_info.size)
 
 
 def _is_same(operation: CommitOperationAdd, file: RepoFile) -> bool:

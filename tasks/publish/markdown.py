@@ -58,7 +58,8 @@ def one_line(value: Any) -> str:
 def prose(value: Any) -> str:
     """Return a value as text inside a line of prose."""
     text = one_line(value)
-    text = text.replace("\\", "\\\\").replace("`", "\\`").replace("](", "]\\(")
+    text = text.replace("\\", "\\\\").replace("`", "\\`")
+    text = text.replace("](", "]\\(").replace("]:", "]\\:")
     return text.replace("<", "&lt;").replace("@", "@\N{ZERO WIDTH SPACE}")
 
 

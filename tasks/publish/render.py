@@ -215,7 +215,14 @@ def dataset_pull_request(
         f"{title}\n\nModel: {subject.model}\nSGLang: {shas.sglang}\nFlashInfer: {shas.flashinfer}\n"
         f"Workload entries: {subject.entry.workload_entries or 0}\n"
     )
-    return post, Branch(f"onboard/{name}", subject.dataset, message, staged)
+    branch = Branch(
+        name=f"onboard/{name}",
+        clone=subject.dataset,
+        message=message,
+        files=staged,
+        owned=(*place.owned, _attached(place)),
+    )
+    return post, branch
 
 
 def _attached(place: DefinitionFiles) -> PurePosixPath:
@@ -313,8 +320,7 @@ def kernel_request(subject: Subject) -> Post:
     """
     entry, run = subject.entry, subject.manifest
     definition, site = subject.definition(), _sglang_site(subject)
-    pulls = run.phase4.get(entry.definition_name)
-    dataset_pr = pulls.flashinfer_trace_pr if pulls else None
+    dataset_pr = run.pull_requests(entry.definition_name).flashinfer_trace_pr
     body = render_body(
         "kernel_request.md.j2",
         subject,

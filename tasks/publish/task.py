@@ -19,6 +19,8 @@ from tasks.publish.scaffold import NothingToScaffoldError
 from tasks.publish.sglang import of_another_model, sglang_by_hand, sglang_pull_request
 from tasks.step import step
 
+_LEFT = "%s: %s is left as it is: there is no token to bring it up to date with"
+
 
 def _subject(path: Path, name: str) -> tuple[Subject, Publishers]:
     run = manifest.load(path)
@@ -128,9 +130,13 @@ def _draft(subject: Subject, publishers: Publishers, named: Mapping[str, str]) -
 def publish_dataset(path: Path, name: str) -> str:
     """Open the dataset pull request, if its checklist holds, and record its URL."""
     subject, publishers = _subject(path, name)
+    log = get_run_logger()
+    known = subject.manifest.pull_requests(name).flashinfer_trace_pr
+    if known and is_public(known) and not publishers.hub:
+        log.warning(_LEFT, name, known)
+        return known
     # The definition may have been staged again since the kernel was requested.
     _note_request(subject, subject.entry.fi_issue_url)
-    log = get_run_logger()
     checked = checklist.check_dataset(subject).require()
     for found in checked.findings:
         if not found.ok:
@@ -150,6 +156,11 @@ def publish_coverage(path: Path, name: str, dataset_pr: str) -> str:
     It links the dataset's: while that is in the outbox, so is this.
     """
     subject, publishers = _subject(path, name)
+    log = get_run_logger()
+    known = subject.manifest.pull_requests(name).flashinfer_bench_pr
+    if known and is_public(known) and not publishers.github:
+        log.warning(_LEFT, name, known)
+        return known
     upstream = publishers.github is not None and is_public(dataset_pr)
     publisher = publishers.for_branches if upstream else publishers.outbox
     clone = settings.load_settings(path.parent).clone("flashinfer_bench")
@@ -160,5 +171,5 @@ def publish_coverage(path: Path, name: str, dataset_pr: str) -> str:
         url = _opened(publisher, post, branch)
     manifest.record_pull_request(path, name, flashinfer_bench_pr=url)
     _say_manual(path, url)
-    get_run_logger().info("coverage pull request: %s", url)
+    log.info("coverage pull request: %s", url)
     return url

@@ -602,7 +602,7 @@ class Hub(Server):
             *folders, _ = path.removeprefix(inside).split("/")
             for depth in range(1, len(folders) + 1):
                 folder = inside + "/".join(folders[:depth])
-                entries[folder] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
+                entries[folder] = _folder(folder)
             entries[path] = _entry(path, blob)
         shown = [e for p, e in entries.items() if recursive or "/" not in p.removeprefix(inside)]
         return Answer(200, shown)
@@ -611,7 +611,9 @@ class Hub(Server):
         said = re.findall(r"(?:^|&)paths=([^&]*)", call.request.body.decode())
         asked = [unquote(path.replace("+", " ")) for path in said]
         files = call.revision().files
-        return Answer(200, [_entry(path, files[path]) for path in asked if path in files])
+        found = [_entry(path, files[path]) for path in asked if path in files]
+        folders = [path for path in asked if any(file.startswith(f"{path}/") for file in files)]
+        return Answer(200, found + [_folder(path) for path in folders])
 
     def _commits(self, call: Call) -> Answer:
         shown = [
@@ -675,6 +677,10 @@ def _add_event(discussion: Discussion, kind: str, by: str, data: dict[str, Any])
     }
     discussion.events.append(event)
     return event
+
+
+def _folder(path: str) -> dict[str, Any]:
+    return {"type": "directory", "oid": "0" * 40, "size": 0, "path": path}
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:

@@ -50,7 +50,16 @@ from tests.fakes.github_state import Repository
 from tests.fakes.hub import Hub
 from tests.fakes.hub import Repository as Dataset
 from tests.fakes.web import EVERY, Answer, Fault, Request
-from tests.unit.test_checklist import BLOBS, DEFINITION, MANIFEST, NAME, TEST, TRACES
+from tests.unit.test_checklist import (
+    BLOBS,
+    COLLECTED,
+    DEFINITION,
+    MANIFEST,
+    NAME,
+    ROWS,
+    TEST,
+    TRACES,
+)
 from tests.unit.test_github_publisher import QUICK
 from tests.unit.test_ops import specs
 from tests.unit.test_supplied import RUN, SCHEMA
@@ -466,6 +475,54 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     "file sizes: ": too_large,
 }
+
+
+def test_what_is_open_is_brought_up_to_date_when_it_is_named(served: Place) -> None:
+    served.give(*BOTH)
+    assert served.publish() == 0, served.printed
+    before = served.urls()
+
+    def without_the_last(lines: list[Any]) -> None:
+        gone.append(lines.pop()["workload"]["uuid"])
+
+    gone: list[str] = []
+    edit_lines(served.workspace / ROWS, without_the_last)
+    (uuid,) = gone
+    edit_lines(
+        served.workspace / TRACES,
+        lambda lines: lines.remove(next(x for x in lines if x["workload"]["uuid"] == uuid)),
+    )
+    (blob,) = (served.workspace / BLOBS).glob(f"*{uuid}*")
+    blob.unlink()
+    collected = json.loads((served.workspace / COLLECTED).read_text())
+    del collected["provenance"]["workloads"][uuid]
+    replace(served.workspace / COLLECTED, json.dumps(collected).encode())
+    assert served.publish() == 0
+    assert served.printed.endswith("nothing to publish\n")
+
+    assert served.publish("--definitions", NAME) == 0, served.printed
+    check_complete(served)
+    assert served.urls() == before
+    assert len(staged(served.workspace, NAME)) > 10
+    assert served.publish("--definitions", NAME) == 0
+    assert not served.writes()
+
+    # What nobody can bring up to date stays where it is.
+    for token in BOTH:
+        served.environment.delenv(token)
+    assert served.publish("--definitions", NAME) == 0
+    assert served.urls() == before
+    assert not (served.workspace / "outbox").exists()
+
+
+def test_a_damaged_manifest_stops_no_other_model(served: Place) -> None:
+    damaged = served.workspace / "onboard_another_20260101.json"
+    damaged.write_text("{")
+    assert served.publish("--check") == 1
+    assert "3 of 3 definitions may be published" in served.printed
+    assert f"onboard: {damaged}: " in served.printed
+    assert served.publish() == 1
+    assert all(served.run.state(served.run.kernel(n)) == "published" for n in (LACKING, NAME))
 
 
 def test_what_is_wrong_with_one_definition_stops_no_other(served: Place, made: Path) -> None:

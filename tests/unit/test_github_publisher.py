@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -486,6 +487,34 @@ def test_a_push_whose_answer_is_lost(place: Place) -> None:
         place.open()
     place.open()
     assert place.counted() == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("said", [b"", b"{", b"[]", b"{}", b"null", b"<html>a proxy's</html>"])
+@pytest.mark.parametrize("kind", ["pull", "issue"])
+def test_an_answer_that_is_not_githubs(place: Place, kind: str, said: bytes) -> None:
+    """Whichever call has it: it is our error or does no harm, and there is one of everything."""
+    opened(place, kind)
+    endpoints = [name for name in place.hub.calls if not name.startswith(("git-", "info"))]
+    if said in {b"", b"null", b"[]"}:  # which is a list with nothing in it
+        endpoints = [name for name in endpoints if "/list" not in name]
+    for endpoint in endpoints:
+        place.hub.fail(Fault(endpoint, status=200, after=True, content=said))
+        with suppress(PublishError):
+            opened(place, kind)
+        place.hub.fail()
+    opened(place, kind)
+    assert place.counted() == ((0, 0, 0, 1) if kind == "issue" else (1, 1, 1, 0))
+
+
+@pytest.mark.parametrize("said", [b"", b"{", b"{}", b"<html>a proxy's</html>"])
+def test_a_creation_whose_answer_is_not_githubs(place: Place, said: bytes) -> None:
+    for endpoint, kind in (("issues/create", "issue"), ("pulls/create", "pull")):
+        place.hub.fail(Fault(endpoint, status=200, after=True, content=said))
+        assert opened(place, kind) == opened(place, kind)
+    assert place.counted() == (1, 1, 1, 1)
+    place.hub.fail(Fault("repos/get", status=200, content=said))
+    with pytest.raises(PublishError, match=rf"^{NAME}: (GitHub's answer is not|has moved)"):
+        place.open()
 
 
 def test_a_branch_that_github_finds_a_moment_later(place: Place) -> None:

@@ -128,15 +128,63 @@ def test_one_commit_with_everything(place: Place) -> None:
     assert place.at("main") == OLD
 
 
-def test_again_changes_nothing(place: Place) -> None:
+@pytest.mark.parametrize(
+    "title", [f"{KEY}, as its reviewer calls it", "[WIP] GEMM", "Add GEMM of 64"]
+)
+def test_again_changes_nothing(place: Place, title: str) -> None:
     place.publish()
-    place.pulls[0].title = f"{KEY}, as its reviewer calls it"
+    place.pulls[0].title = title
     place.hub.fail()
     assert place.publish() == place.url(1)
     assert place.hub.calls == {
         "info": 1, "whoami": 1, "discussions": 1, "discussion": 1, "paths-info": 1
     }  # fmt: skip
-    assert place.pulls[0].title == f"{KEY}, as its reviewer calls it"
+    assert place.pulls[0].title == title
+
+
+def test_a_title_of_any_length_is_found(place: Place) -> None:
+    key = f"{KEY:_<200}"
+    post = replace(POST, key=key, title=f"Add {key}"[:200])
+    assert [place.publish(post), place.publish(post)] == [place.url(1)] * 2
+
+
+def test_those_of_other_definitions_are_not_looked_at(place: Place) -> None:
+    for number in range(3):
+        name = f"definitions/rope_{number}.json"
+        post = replace(POST, key=f"rope_{number}", title=f"Add rope_{number}: definition")
+        place.publish(post, {name: b"{}"})
+    place.hub.fail()
+    assert place.publish() == place.url(4)
+    assert place.hub.calls["discussion"] == 0
+
+
+def test_what_is_no_longer_staged_leaves_its_pull_request(place: Place) -> None:
+    """But not what the repository has, and nothing of another definition."""
+    blobs, traces = f"blob/workloads/gemm/{KEY}", f"traces/baseline/gemm/{KEY}.jsonl"
+    others = {f"{blobs}0/a.safetensors": b"a", f"traces/baseline/gemm/{KEY}0.jsonl": b"{}"}
+    merged = {f"{blobs}/merged.safetensors": b"merged"}
+    place.hub.push(place.repository, others | merged)
+    owned = (PurePosixPath(blobs), PurePosixPath(traces), PurePosixPath("solutions/none"))
+
+    def publish(files: dict[str, bytes]) -> str:
+        branch = replace(place.branch(files), owned=owned)
+        return place.publisher().open_pull_request(POST, branch)
+
+    first = FILES | {traces: b"{}\n", f"{blobs}/deeper/x.safetensors": b"x"}
+    assert publish(first) == place.url(1)
+    there = OLD | others | merged
+    assert place.at("refs/pr/1") == there | first
+    left = {path: content for path, content in FILES.items() if not path.endswith("_2.safetensors")}
+    for _ in range(2):
+        assert publish(left) == place.url(1)
+        assert place.at("refs/pr/1") == there | left
+    assert place.commits() == 2
+    # Something new at the same time, and an answer that is lost.
+    place.hub.fail(Fault("commit", after=True))
+    del left[f"{blobs}/{KEY}_1.safetensors"]
+    assert publish(left | {traces: b"{}\n{}\n"}) == place.url(1)
+    assert place.at("refs/pr/1") == there | left | {traces: b"{}\n{}\n"}
+    assert place.commits() == 3
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -218,6 +266,20 @@ def test_what_may_pass_is_tried_again(
     assert place.commits() == 1
     assert place.hub.calls["lfs-upload"] == 2
     assert len(place.slept) == 1
+
+
+@pytest.mark.parametrize("said", [b"", b"{", b"[]", b"{}", b"null", b"<html>a proxy's</html>"])
+def test_an_answer_that_is_not_the_hubs(place: Place, said: bytes) -> None:
+    """Whichever call has it: it is our error or does no harm, and there is one of everything."""
+    place.publish()
+    for endpoint in tuple(place.hub.calls):
+        place.anew()
+        place.hub.fail(Fault(endpoint, status=200, after=True, content=said))
+        with suppress(PublishError):
+            place.publish()
+        place.hub.fail()
+        assert place.publish() == place.url(1)
+        place.check_one()
 
 
 def test_a_hub_that_stays_away_is_an_error_and_the_next_run_goes_on(place: Place) -> None:

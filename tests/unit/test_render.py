@@ -415,6 +415,11 @@ def test_ordinary_text_is_left_as_it_is() -> None:
     assert fenced("x = 1\n", "python") == "```python\nx = 1\n```"
 
 
+def test_foreign_text_makes_no_link() -> None:
+    assert prose("[docs](http://a.b)") == "[docs]\\(http://a.b)"
+    assert prose("[docs]: http://a.b") == "[docs]\\: http://a.b"
+
+
 def test_sglang_site(workspace: Path) -> None:
     clone = workspace / "sglang"
     found = sglang_site(["SGLang 4d5e6f7: called at a/b.py:7"], FILE, "lightning", clone)

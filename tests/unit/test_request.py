@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tasks.errors import InputError
 from tasks.manifest import KernelEntry, PullRequests, RunManifest
-from tasks.request import OnboardRequest, Step, check_sglang_pr, parse_request, remaining_steps
+from tasks.request import OnboardRequest, Step, check_names, parse_request, remaining_steps
 
 URL = "https://github.com/sgl-project/sglang/pull/"
 TOP_K, TOP_P, NORM = "top_k_sampling_from_probs_v8", "top_p_sampling_from_probs_v8", "rmsnorm_h8"
@@ -76,6 +76,17 @@ def test_what_is_no_pull_request(text: str) -> None:
         request(text)
 
 
+def test_it_is_at_the_github_that_is_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONBOARD_PUBLISH__GITHUB_URL", "https://git.acme.com/api/v3")
+    url = "https://git.acme.com/inference/sglang/pull/7"
+    asked = parse_request(model_name="m", workspace=tmp_path, sglang_pr=(url,))
+    assert asked.sglang_pr == (url,)
+    with pytest.raises(InputError, match=r"\(https://git.acme.com/OWNER/REPOSITORY/pull/NUMBER\)"):
+        request(f"{URL}1")
+
+
 def test_a_token_in_a_url_is_not_repeated() -> None:
     with pytest.raises(InputError) as caught:
         request("sampling=https://me:s3cret@github.com/sgl-project/sglang/pull/1")
@@ -99,11 +110,11 @@ def test_any_text(text: str) -> None:
 
 def test_a_name_that_the_model_does_not_have() -> None:
     found = run(waiting(TOP_K), waiting(NORM, "rmsnorm"))
-    check_sglang_pr(request(f"{TOP_K}={URL}1", f"rmsnorm={URL}2", f"{URL}3"), found)
+    check_names(request(f"{TOP_K}={URL}1", f"rmsnorm={URL}2", f"{URL}3"), found)
     with pytest.raises(
         InputError, match=f"--sglang-pr: '{TOP_P}' is no kernel and no op type of m"
     ):
-        check_sglang_pr(request(f"{TOP_P}={URL}1"), found)
+        check_names(request(f"{TOP_P}={URL}1"), found)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +182,18 @@ def test_what_is_in_the_outbox_is_done_until_there_is_a_token(
     found.phase4["k"] = PullRequests(flashinfer_trace_pr=dataset, flashinfer_bench_pr=coverage)
     asked = OnboardRequest(model_name="m", workspace=tmp_path, phases=(4,))
     assert remaining_steps(found, entry, asked) == steps
+
+
+def test_what_is_open_is_published_again_when_it_is_named(tmp_path: Path) -> None:
+    entry = waiting("k", "gdn", **LACKING, fi_issue_url="https://a/1")
+    found = run(entry)
+    urls = {"flashinfer_trace_pr": "https://a/2", "flashinfer_bench_pr": "https://a/3"}
+    found.phase4["k"] = PullRequests(**urls)
+    for names, steps in (((), ()), (("other",), ()), (("k",), (PD, PC))):
+        asked = OnboardRequest(model_name="m", workspace=tmp_path, renew=names)
+        assert remaining_steps(found, entry, asked) == steps
+    with pytest.raises(InputError, match="^renew: 'other' is no kernel of m"):
+        check_names(OnboardRequest(model_name="m", workspace=tmp_path, renew=("other",)), found)
 
 
 @pytest.mark.parametrize(
