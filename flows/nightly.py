@@ -19,7 +19,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Completed
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from flows.dispatch import check_crashes, deployed, start_run
 from flows.sources import update_all
@@ -27,14 +27,7 @@ from tasks import settings
 from tasks.discover.candidates import Candidate, Discovery, discover
 from tasks.errors import InputError
 from tasks.publish.markdown import cell
-from tasks.request import (
-    OnboardRequest,
-    SkipWorkload,
-    SubmitPrs,
-    Workspace,
-    for_the_form,
-    parse_request,
-)
+from tasks.request import OnboardRequest, StandingRequest
 from tasks.step import only_shown, step
 
 _MODEL = "onboard-model"
@@ -42,19 +35,14 @@ _NEW = ("candidate", "needs_repo_id")
 _ENDED = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED, StateType.CRASHED]
 
 
-class NightlyRequest(BaseModel):
+class NightlyRequest(StandingRequest):
     """Where to look for models, and what to do with them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=for_the_form)
-
-    workspace: Workspace
     since: str = Field(default="14d", description="How far back to look: 30d, 2w or a day.")
     most: int = Field(default=5, ge=0, le=100, description="Models to start at most.")
     ask_hub: bool = Field(
         default=True, description="Also ask the Hub: trending models, missing repository ids."
     )
-    skip_workload: SkipWorkload = False
-    submit_prs: SubmitPrs = True
 
 
 class Night(BaseModel):
@@ -163,13 +151,8 @@ def onboarding(candidate: Candidate, request: NightlyRequest) -> OnboardRequest:
     """
     if candidate.hf_repo_id is None:
         raise InputError("nobody knows its repository")
-    return parse_request(
-        model_name=candidate.hf_repo_id.rpartition("/")[2].lower(),
-        hf_repo_id=candidate.hf_repo_id,
-        workspace=request.workspace,
-        skip_workload=request.skip_workload,
-        submit_prs=request.submit_prs,
-    )
+    slug = candidate.hf_repo_id.rpartition("/")[2].lower()
+    return request.onboarding(slug, candidate.hf_repo_id)
 
 
 @task(

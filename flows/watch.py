@@ -15,7 +15,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from flows.dispatch import check_crashes, deployed
 from flows.kernel import show
@@ -30,14 +30,7 @@ from tasks.publish import watch
 from tasks.publish.publishers import Publishers
 from tasks.publish.task import publish_coverage
 from tasks.publish.watch import Look, Sites
-from tasks.request import (
-    OnboardRequest,
-    SkipWorkload,
-    SubmitPrs,
-    Workspace,
-    for_the_form,
-    parse_request,
-)
+from tasks.request import OnboardRequest, StandingRequest
 from tasks.settings import load_settings
 from tasks.step import step
 
@@ -49,14 +42,8 @@ _DECIDING = {
 """What a kernel waits for -> the sources that decide whether it goes on."""
 
 
-class WatchRequest(BaseModel):
+class WatchRequest(StandingRequest):
     """Where to look for what waits, and what to do with what goes on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=for_the_form)
-
-    workspace: Workspace
-    skip_workload: SkipWorkload = False
-    submit_prs: SubmitPrs = True
 
 
 class Watched(BaseModel):
@@ -268,10 +255,4 @@ def going_on(run: RunManifest, commits: Mapping[str, str], request: WatchRequest
         names = [title for name, title in _NAMES.items() if name in deciding]
         neither = f"neither {' nor '.join(names)} has" if len(names) > 1 else f"{names[0]} has not"
         raise InputError(f"{neither} changed")
-    return parse_request(
-        model_name=run.model_slug,
-        hf_repo_id=run.hf_repo_id,
-        workspace=request.workspace,
-        skip_workload=request.skip_workload,
-        submit_prs=request.submit_prs,
-    )
+    return request.onboarding(run.model_slug, run.hf_repo_id)

@@ -42,7 +42,6 @@ def for_the_form(schema: dict[str, Any]) -> None:
             field.update(kinds[0])
 
 
-# What the requests of several flows have in common.
 Workspace = Annotated[
     Path,
     Field(
@@ -161,6 +160,30 @@ def parse_request(**fields: Any) -> OnboardRequest:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
         raise InputError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+class StandingRequest(BaseModel):
+    """What is asked of a flow that starts `onboard-model` by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=for_the_form)
+
+    workspace: Workspace
+    skip_workload: SkipWorkload = False
+    submit_prs: SubmitPrs = True
+
+    def onboarding(self, model_name: str, hf_repo_id: str) -> OnboardRequest:
+        """Return the request for a model.
+
+        Raises:
+            InputError: its name cannot be one.
+        """
+        return parse_request(
+            model_name=model_name,
+            hf_repo_id=hf_repo_id,
+            workspace=self.workspace,
+            skip_workload=self.skip_workload,
+            submit_prs=self.submit_prs,
+        )
 
 
 def check_names(request: OnboardRequest, run: RunManifest) -> None:
