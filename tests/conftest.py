@@ -7,15 +7,17 @@ import os
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tomli_w
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from tasks.discover.phase import read_sources
 from tasks.repos import clone
 from tasks.repos.sample import make_sample
 from tasks.settings import load_settings
@@ -58,12 +60,29 @@ def _no_settings_from_outside() -> Iterator[None]:
         yield
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that all processes in which tests run side by side share; read only.
+
+    Args:
+        factory: of the process.
+        name: of the folder.
+        make: what makes it, where no process has done so.
+    """
+    root = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    folder, made = root / "shared" / name, root / f"{name}.made"
+    with FileLock(root / f"{name}.lock"):
+        if not made.exists():
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo workspace as `onboard sample` makes it; read only."""
-    folder = tmp_path_factory.mktemp("sample") / "workspace"
-    make_sample(folder, print)
-    return folder
+    return shared(tmp_path_factory, "sample", lambda folder: make_sample(folder, print))
 
 
 def write_workspace(folder: Path, sample: Path, **remotes: str) -> Path:
@@ -80,12 +99,18 @@ def write_workspace(folder: Path, sample: Path, **remotes: str) -> Path:
 
 @pytest.fixture(scope="session")
 def cloned(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with all clones made; read only, see `workspace`."""
-    folder = write_workspace(tmp_path_factory.mktemp("cloned") / "workspace", sample)
-    options = load_settings(folder)
-    for name, url in options.remotes.model_dump().items():
-        clone.update(name, url, options.clone(name))
-    return folder
+    """A workspace with all clones made, and their sources read; read only, see `workspace`."""
+
+    def make(folder: Path) -> None:
+        options = load_settings(write_workspace(folder, sample))
+        shas = {
+            name: clone.update(name, url, options.clone(name)).sha
+            for name, url in options.remotes.model_dump().items()
+        }
+        trees = (options.clone(name) for name in ("flashinfer", "sglang"))
+        read_sources(*trees, shas, folder / ".cache")
+
+    return shared(tmp_path_factory, "cloned", make)
 
 
 def copy_workspace(cloned: Path, folder: Path) -> Path:

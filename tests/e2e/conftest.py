@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DATA, copy_workspace
+from tests.conftest import DATA, copy_workspace, shared
 from tests.e2e.commands import QWEN, onboard
 
 CONFIG = DATA / "configs" / "Qwen--Qwen3-30B-A3B.json"
@@ -16,10 +16,13 @@ CONFIG = DATA / "configs" / "Qwen--Qwen3-30B-A3B.json"
 @pytest.fixture(scope="session")
 def prefect_home(cloned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `.prefect` folder that a first run leaves."""
-    folder = copy_workspace(cloned, tmp_path_factory.mktemp("home") / "workspace")
-    done = onboard("run", *QWEN, "--config", CONFIG, "--workspace", folder, "--phases", "1")
-    assert done.returncode == 0, done.stderr
-    return folder / ".prefect"
+
+    def make(folder: Path) -> None:
+        copy_workspace(cloned, folder)
+        done = onboard("run", *QWEN, "--config", CONFIG, "--workspace", folder, "--phases", "1")
+        assert done.returncode == 0, done.stderr
+
+    return shared(tmp_path_factory, "home", make) / ".prefect"
 
 
 @pytest.fixture

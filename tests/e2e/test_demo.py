@@ -7,10 +7,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tasks import manifest
 from tasks.git import git
 from tests.e2e.commands import onboard
 
@@ -28,35 +30,54 @@ def demo_commands(folder: Path) -> list[list[str]]:
     return [line.replace("$(DEMO)", str(folder)).split() for line in lines]
 
 
-def test_demo_then_again(tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
+@dataclass(frozen=True)
+class Demo:
+    """What the demo's commands have left and printed."""
+
+    folder: Path
+    commands: list[list[str]]
+    codes: list[int]
+    printed: list[str]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo after its first time."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
     commands = demo_commands(folder)
-    assert [command[0] for command in commands] == ["sample", "run", "run"]
-    codes, printed = [], []
-    for command in commands:
-        done = onboard(*command)
-        codes.append(done.returncode)
-        printed.append(done.stdout)
-    assert codes == [0, 3, 0]
-    assert "Report: 14 existing, 3 published, 1 waiting" in printed[1]
-    assert "Report: 11 defined, 5 existing, 10 published" in printed[2]
-    assert re.search(r"Time: server .*phase 0 .*phase 1 .*phase 2 .*phase 3 .*phase 4", printed[1])
-    journal = git("log", "--format=%s", cwd=folder / "outbox").splitlines()
+    done = [onboard(*command) for command in commands]
+    return Demo(folder, commands, [run.returncode for run in done], [run.stdout for run in done])
+
+
+def test_demo(demo: Demo) -> None:
+    assert [command[0] for command in demo.commands] == ["sample", "run", "run"]
+    assert demo.codes == [0, 3, 0]
+    assert "Report: 14 existing, 3 published, 1 waiting" in demo.printed[1]
+    assert "Report: 11 defined, 5 existing, 10 published" in demo.printed[2]
+    times = r"Time: server .*phase 0 .*phase 1 .*phase 2 .*phase 3 .*phase 4"
+    assert re.search(times, demo.printed[1])
     # A dataset and a coverage commit for each of the thirteen published, the waiting one's pull
     # request, and the two kernel requests.
-    texts = git("ls-files", "*.md", cwd=folder / "outbox").splitlines()
-    assert len(journal) == len(texts) == 2 * 13 + 1 + 2
-    manifests = {p: p.read_bytes() for p in folder.glob("onboard_*.json")}
-    assert len(manifests) == 2
+    texts = git("ls-files", "*.md", cwd=demo.folder / "outbox").splitlines()
+    assert len(journal(demo.folder)) == len(texts) == 2 * 13 + 1 + 2
 
-    for command, code in zip(commands, codes, strict=True):
+
+def test_demo_again(demo: Demo, tmp_path: Path) -> None:
+    before = journal(demo.folder)
+    manifests = {path: path.read_bytes() for path in demo.folder.glob("onboard_*.json")}
+    assert len(manifests) == 2
+    for command, code in zip(demo.commands, demo.codes, strict=True):
         done = onboard(*command)
         assert done.returncode == code
         if command[0] == "run":
             assert "Work: nothing was left to do, nothing was done twice" in done.stdout
-    assert git("log", "--format=%s", cwd=folder / "outbox").splitlines() == journal
-    assert {p: p.read_bytes() for p in folder.glob("onboard_*.json")} == manifests
-    check_with_flashinfer_bench(folder / "flashinfer-trace", tmp_path / "report")
+    assert journal(demo.folder) == before
+    assert {path: path.read_bytes() for path in manifests} == manifests
+    check_with_flashinfer_bench(demo.folder / "flashinfer-trace", tmp_path / "report")
+
+
+def journal(folder: Path) -> list[str]:
+    return git("log", "--format=%s", cwd=folder / "outbox").splitlines()
 
 
 def check_with_flashinfer_bench(dataset: Path, report: Path) -> None:
@@ -75,3 +96,44 @@ def check_with_flashinfer_bench(dataset: Path, report: Path) -> None:
     levels = re.findall(r'"level": "(\w+)"', json.dumps(json.loads(found.read_text())))
     assert levels
     assert "error" not in levels
+
+
+def test_fi_missing_files_an_issue_and_publishes_the_definition_only(demo: Demo) -> None:
+    path = manifest.latest(demo.folder, "minimax-m1")
+    assert path is not None
+    found, workspace = manifest.load(path), demo.folder
+    states = {entry.definition_name: found.state(entry) for entry in found.kernels}
+    for stage in ("decode", "prefill"):
+        entry = found.kernel(f"lightning_attn_{stage}_h8_d128")
+        assert entry.fi_status == "fi_missing"
+        assert entry.sgl_status == "n/a"
+        assert entry.phase3_status == "skipped (fi_missing)"
+        assert states[entry.definition_name] == "published"
+        assert entry.fi_issue_url is not None
+        issue = Path(entry.fi_issue_url.removeprefix("file://")).read_text()
+        asked = f"lightning_attn for MiniMax-M1-80k ({entry.definition_name})"
+        assert f"title: 'Kernel request: {asked}'" in issue
+        assert re.search(r"SGLang: `python/sglang/\S+/lightning_attn.py:\d+` at", issue)
+        assert "labels: enhancement, kernel-request" in issue
+        assert "| `num_heads` | 8 |" in issue
+        bare = workspace / "outbox" / "remotes" / "flashinfer-trace.git"
+        branch = f"onboard/{entry.definition_name}"
+        assert git("diff", "--name-only", "main", branch, cwd=bare).splitlines() == [
+            f"definitions/lightning_attn/{entry.definition_name}.json",
+            f"tests/references/test_{entry.definition_name}.py",
+        ]
+        definition = json.loads(git("show", f"{branch}:{entry_path(entry)}", cwd=bare))
+        assert "status:unverified" in definition["tags"]
+        where = f"outbox/issues/{entry.definition_name}.kernel-request.md"
+        assert definition["description"].endswith(f" Kernel request: {where}.")
+    # Integrated kernels are defined and wait for a run with workloads.
+    assert states["rmsnorm_h6144"] == "defined"
+    assert "rmsnorm_h6144" not in found.phase4
+    # Nothing to collect for a kernel that torch runs.
+    assert found.kernel("gemm_n32_k6144").phase3_status == "skipped (no FlashInfer call)"
+    # Served nowhere: said so.
+    assert "no model class in SGLang" in str(found.model_class)
+
+
+def entry_path(entry: manifest.KernelEntry) -> str:
+    return f"definitions/{entry.op_type}/{entry.definition_name}.json"

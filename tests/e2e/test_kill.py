@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tasks import manifest
 from tasks.git import git
-from tests.conftest import write_workspace
+from tests.conftest import copy_workspace, write_workspace
 from tests.e2e.commands import QWEN, onboard, onboard_that_dies
 from tests.e2e.conftest import CONFIG
 
@@ -64,44 +65,42 @@ def outcome(workspace: Path) -> tuple[object, object, object]:
     return (staged, trees, states | {"commits": str(commits)})
 
 
-@pytest.fixture(scope="session")
-def clean(cloned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, object, object]:
-    """The outcome of a run that nothing interrupts."""
-    from tests.conftest import copy_workspace
-
-    workspace = copy_workspace(cloned, tmp_path_factory.mktemp("clean") / "workspace")
-    assert onboard(*arguments(workspace)).returncode == 3
-    return outcome(workspace)
-
-
-@pytest.mark.parametrize("phase", FAULTS)
-def test_killed_and_run_again(
-    phase: int, workspace: Path, sample: Path, tmp_path: Path, clean: tuple[object, object, object]
-) -> None:
-    if phase == 0:
-        workspace = write_workspace(tmp_path / "fresh", sample)
-    done = onboard_that_dies(FAULTS[phase], *arguments(workspace))
-    assert done.returncode == -9, done.stderr
+def check_killed(phase: int, workspace: Path) -> None:
+    """Check that nothing of a phase looks done that is not."""
     path = manifest.latest(workspace, "qwen3-30b-a3b")
     if phase == 0:
         assert path is None
         assert not any((workspace / name).exists() for name in ("sglang", "flashinfer"))
-    else:
-        assert path is not None
-        run = manifest.load(path)
-        states = {run.state(entry) for entry in run.kernels}
-        allowed = {
-            1: set(),
-            2: {"existing", "new"},
-            3: {"existing", "new", "defined", "waiting"},
-            4: {"existing", "new", "defined", "waiting", "collected"},
-        }
-        assert states <= allowed[phase]
-        if phase == 3:
-            assert not list((workspace / "flashinfer-trace").glob("workloads/gqa_*/*.jsonl"))
-        if phase == 4:
-            assert run.phase4 == {}
+        return
+    assert path is not None
+    run = manifest.load(path)
+    allowed: dict[int, set[str]] = {
+        1: set(),
+        2: {"existing", "new"},
+        3: {"existing", "new", "defined", "waiting"},
+        4: {"existing", "new", "defined", "waiting", "collected"},
+    }
+    assert {run.state(entry) for entry in run.kernels} <= allowed[phase]
+    if phase == 3:
+        assert not list((workspace / "flashinfer-trace").glob("workloads/gqa_*/*.jsonl"))
+    if phase == 4:
+        assert run.phase4 == {}
 
-    again = onboard(*arguments(workspace))
+
+@pytest.mark.timeout(900)
+def test_killed_in_every_phase_and_run_again(
+    cloned: Path, prefect_home: Path, sample: Path, tmp_path: Path
+) -> None:
+    """Of one run after another, each is killed a phase later, and the last one is let go on."""
+    clean, killed = copy_workspace(cloned, tmp_path / "clean"), tmp_path / "killed"
+    write_workspace(killed, sample)
+    for workspace in (clean, killed):
+        shutil.copytree(prefect_home, workspace / ".prefect")
+    assert onboard(*arguments(clean)).returncode == 3
+    for phase, fault in FAULTS.items():
+        done = onboard_that_dies(fault, *arguments(killed))
+        assert done.returncode == -9, done.stderr
+        check_killed(phase, killed)
+    again = onboard(*arguments(killed))
     assert again.returncode == 3, again.stderr
-    assert outcome(workspace) == clean
+    assert outcome(killed) == outcome(clean)

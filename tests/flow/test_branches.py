@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tasks import git as plain_git
 from tasks import manifest
 from tasks.git import AUTHOR, git
 from tasks.request import OnboardRequest
-from tests.conftest import DATA, write_workspace
+from tests.conftest import DATA, copy_workspace, write_workspace
 
 pytestmark = [pytest.mark.flow, pytest.mark.usefixtures("prefect_server")]
 
@@ -39,16 +38,6 @@ def request(workspace: Path, **options: Any) -> OnboardRequest:
         "phases": (1, 2, 3, 4),
     }
     return OnboardRequest(**fields | options)
-
-
-def minimax(workspace: Path, **options: Any) -> OnboardRequest:
-    return request(
-        workspace,
-        model_name="minimax-m1",
-        hf_repo_id="MiniMaxAI/MiniMax-M1-80k",
-        config=DATA / "configs" / "MiniMaxAI--MiniMax-M1-80k.json",
-        **options,
-    )
 
 
 def run(asked: OnboardRequest) -> tuple[State[Any], manifest.RunManifest]:
@@ -81,8 +70,25 @@ def runs_named(name: str) -> list[str]:
     return [run.state_name or "" for run in found]
 
 
-def test_existing_integrated_and_sgl_missing(workspace: Path) -> None:
-    state, found = run(request(workspace))
+@pytest.fixture(scope="module")
+def onboarded(
+    cloned: Path, prefect_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, State[Any]]:
+    """A workspace in which the model was onboarded, and how that run ended; read only."""
+    workspace = copy_workspace(cloned, tmp_path_factory.mktemp("onboarded") / "workspace")
+    state, _ = run(request(workspace))
+    return workspace, state
+
+
+def manifest_of(workspace: Path) -> manifest.RunManifest:
+    path = manifest.latest(workspace, "qwen3-30b-a3b")
+    assert path is not None
+    return manifest.load(path)
+
+
+def test_existing_integrated_and_sgl_missing(onboarded: tuple[Path, State[Any]]) -> None:
+    workspace, state = onboarded
+    found = manifest_of(workspace)
     assert state.is_completed()
     assert state.message == "14 existing, 3 published, 1 waiting"
     assert len(found.kernels) == 18
@@ -123,9 +129,11 @@ def test_existing_integrated_and_sgl_missing(workspace: Path) -> None:
     assert len(runs_named(f"qwen3-30b-a3b/{WAITING}")) == 1
 
 
-def test_staged_and_published_files_are_the_same_and_of_the_datasets_form(workspace: Path) -> None:
+def test_staged_and_published_files_are_the_same_and_of_the_datasets_form(
+    onboarded: tuple[Path, State[Any]],
+) -> None:
     bench = pytest.importorskip("flashinfer_bench.data")
-    run(request(workspace))
+    workspace, _ = onboarded
     dataset = workspace / "flashinfer-trace"
     bare = workspace / "outbox" / "remotes" / "flashinfer-trace.git"
     for name, count in INTEGRATED.items():
@@ -186,45 +194,6 @@ def test_artifacts_show_the_inventory_and_the_report(workspace: Path) -> None:
     assert f"| `{WAITING}` | new |" in str(report.data)
 
 
-def test_fi_missing_files_an_issue_and_publishes_the_definition_only(workspace: Path) -> None:
-    state, found = run(minimax(workspace, skip_workload=True))
-    assert state.is_completed()
-    for stage in ("decode", "prefill"):
-        entry = found.kernel(f"lightning_attn_{stage}_h8_d128")
-        assert entry.fi_status == "fi_missing"
-        assert entry.sgl_status == "n/a"
-        assert entry.phase3_status == "skipped (fi_missing)"
-        assert states(found)[entry.definition_name] == "published"
-        assert entry.fi_issue_url is not None
-        issue = Path(entry.fi_issue_url.removeprefix("file://")).read_text()
-        asked = f"lightning_attn for MiniMax-M1-80k ({entry.definition_name})"
-        assert f"title: 'Kernel request: {asked}'" in issue
-        assert re.search(r"SGLang: `python/sglang/\S+/lightning_attn.py:\d+` at", issue)
-        assert "labels: enhancement, kernel-request" in issue
-        assert "| `num_heads` | 8 |" in issue
-        bare = workspace / "outbox" / "remotes" / "flashinfer-trace.git"
-        branch = f"onboard/{entry.definition_name}"
-        assert git("diff", "--name-only", "main", branch, cwd=bare).splitlines() == [
-            f"definitions/lightning_attn/{entry.definition_name}.json",
-            f"tests/references/test_{entry.definition_name}.py",
-        ]
-        definition = json.loads(git("show", f"{branch}:{entry_path(entry)}", cwd=bare))
-        assert "status:unverified" in definition["tags"]
-        where = f"outbox/issues/{entry.definition_name}.kernel-request.md"
-        assert definition["description"].endswith(f" Kernel request: {where}.")
-    # Integrated kernels are defined and wait for a run with workloads.
-    assert states(found)["rmsnorm_h6144"] == "defined"
-    assert "rmsnorm_h6144" not in found.phase4
-    # Nothing to collect for a kernel that torch runs.
-    assert found.kernel("gemm_n32_k6144").phase3_status == "skipped (no FlashInfer call)"
-    # Served nowhere: said so.
-    assert "no model class in SGLang" in str(found.model_class)
-
-
-def entry_path(entry: manifest.KernelEntry) -> str:
-    return f"definitions/{entry.op_type}/{entry.definition_name}.json"
-
-
 def test_one_kernels_failure_stops_no_other_and_a_retry_does_only_that_one(
     workspace: Path, dumps: Path, tmp_path: Path
 ) -> None:
@@ -264,8 +233,10 @@ def test_stopping_before_publishing_and_going_on(workspace: Path) -> None:
     assert {states(found)[name] for name in INTEGRATED} == {"published"}
 
 
-def test_refresh_forgets_but_publishes_nothing_twice(workspace: Path) -> None:
-    run(request(workspace))
+def test_refresh_forgets_but_publishes_nothing_twice(
+    onboarded: tuple[Path, State[Any]], tmp_path: Path
+) -> None:
+    workspace = copy_workspace(onboarded[0], tmp_path / "workspace")
     before = sorted(journal(workspace))
     state, found = run(request(workspace, refresh=True))
     assert len(state.result().worked_on) == 4
@@ -274,11 +245,11 @@ def test_refresh_forgets_but_publishes_nothing_twice(workspace: Path) -> None:
 
 
 def test_a_kernel_goes_on_when_sglang_has_merged(
-    workspace: Path, sample: Path, tmp_path: Path
+    onboarded: tuple[Path, State[Any]], sample: Path, tmp_path: Path
 ) -> None:
     """Upstream starts to call the API: the waiting kernel is collected from, in the next run."""
-    _, found = run(request(workspace))
-    assert states(found)[WAITING] == "waiting"
+    workspace = copy_workspace(onboarded[0], tmp_path / "workspace")
+    assert states(manifest_of(workspace))[WAITING] == "waiting"
     merged = tmp_path / "sglang"
     git("clone", "--quiet", str(sample / "remotes" / "sglang.git"), str(merged))
     sampler = merged / "python/sglang/srt/layers/sampler.py"

@@ -107,9 +107,11 @@ class Served:
 
     def execute(self, run_id: UUID) -> FlowRun:
         """Run it until it ends or is suspended."""
+        empty = self.path.parent / "worker"  # Prefect copies the folder that it begins in
+        empty.mkdir(exist_ok=True)
         done = subprocess.run(
             [sys.executable, "-m", "prefect", "flow-run", "execute", str(run_id)],
-            cwd=ROOT,
+            cwd=empty,
             env={
                 **os.environ,
                 **get_current_settings().to_environment_variables(exclude_unset=True),
