@@ -67,7 +67,7 @@ class _Work:
             hf_repo_id=run.hf_repo_id,
             workspace=path.parent,
             phases=(4,),
-            renew=tuple({*names} & {entry.definition_name for entry in run.kernels}),
+            renew=tuple(e.definition_name for e in run.kernels if e.definition_name in names),
         )
         self.entries: list[KernelEntry] = [
             entry

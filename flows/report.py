@@ -161,7 +161,8 @@ class Report:
                 continue
             goes_on = "reopen it there to go on with it"
             if known.state == "changes_requested":
-                goes_on = "push what is wanted to its branch"
+                renew = code(f"onboard publish --definitions {entry.definition_name}")
+                goes_on = f"push what is wanted to its branch, or stage it and {renew}"
             elif kind == "SGLang":
                 goes_on = "reopen it there, or name another one with --sglang-pr"
             words = f" ({say(known.said)})" if known.said else ""

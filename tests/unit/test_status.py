@@ -87,7 +87,8 @@ def test_one_screen(tmp_path: Path) -> None:
         f"rejected: refused: dataset {HUB}/2 was closed without being merged (Not [31mlike [0m "
         "this. See 31m<b>@you</b> | ](javascript:alert(1))): reopen it there to go on with it",
         f"changes requested: wanting: coverage {GITHUB}/pull/3 is to be changed (Mark it 🟡.): "
-        "push what is wanted to its branch",
+        "push what is wanted to its branch, or stage it and "
+        "`onboard publish --definitions wanting`",
         f"waiting: waits for {GITHUB}/pull/9",
         "said: lacks: kernel request: We will not.",
         "said: waits: SGLang: Soon.",
