@@ -49,6 +49,8 @@ def publish(
         raise InputError("--definitions: names no definition")
     paths = [manifest.absolute()] if manifest else newest_manifests(workspace)
     work, damaged = _Work.found(paths, names)
+    for folder in {part.path.parent for part in work if part.pairs}:
+        _update_document(folder)
     code = _check(work, as_json=as_json) if check else _publish(work, as_json=as_json)
     for error in damaged:
         typer.echo(f"onboard: {error}", err=True)
@@ -233,8 +235,6 @@ def _publish(work: Sequence[_Work], *, as_json: bool) -> int:
     if not any(part.entries for part in work):
         typer.echo("[]" if as_json else "nothing to publish")
         return 0
-    for workspace in {part.path.parent for part in work if part.pairs}:
-        _update_document(workspace)
     rows: list[dict[str, str]] = []
     wrong = []
     with prefect_server(work[0].path.parent):

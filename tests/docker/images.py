@@ -37,7 +37,6 @@ _SYSTEM_PACKAGES = {  # no compiler: the stand-in compiles no kernels
 }
 # Large, and only for compiling, checking or testing.
 _LEFT_OUT = (
-    "__pycache__",
     "lib/python3*/config-*",
     "lib/python3*/site-packages",
     "lib/python3*/test",
