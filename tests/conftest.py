@@ -17,7 +17,9 @@ import tomli_w
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from tasks.discover.inventory import Sources
 from tasks.discover.phase import read_sources
+from tasks.git import short_sha
 from tasks.repos import clone
 from tasks.repos.sample import make_sample
 from tasks.settings import load_settings
@@ -111,6 +113,13 @@ def cloned(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         read_sources(*trees, shas, folder / ".cache")
 
     return shared(tmp_path_factory, "cloned", make)
+
+
+@pytest.fixture(scope="session")
+def indexes(cloned: Path) -> Sources:
+    """What the clones' sources have."""
+    trees = cloned / "flashinfer", cloned / "sglang"
+    return read_sources(*trees, {tree.name: short_sha(tree) for tree in trees}, cloned / ".cache")
 
 
 def copy_workspace(cloned: Path, folder: Path) -> Path:

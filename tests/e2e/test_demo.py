@@ -16,7 +16,7 @@ from tasks import manifest
 from tasks.git import git
 from tests.e2e.commands import onboard
 
-pytestmark = [pytest.mark.e2e, pytest.mark.bench_extra]
+pytestmark = [pytest.mark.e2e, pytest.mark.bench_extra, pytest.mark.timeout(900)]
 
 MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from tasks.discover.inventory import Sources
 from tasks.discover.lookup import Lookup, render
 from tasks.discover.sources import (
     Api,
@@ -16,8 +16,6 @@ from tasks.discover.sources import (
     SglangIndex,
     Site,
     Template,
-    index_flashinfer,
-    index_sglang,
 )
 from tasks.errors import InputError
 from tasks.ops.base import FlashInferApi
@@ -26,8 +24,8 @@ SHAS = {"flashinfer": "aaaaaaa", "sglang": "bbbbbbb"}
 
 
 @pytest.fixture(scope="module")
-def lookup(cloned: Path) -> Lookup:
-    return Lookup(index_flashinfer(cloned / "flashinfer"), index_sglang(cloned / "sglang"), SHAS)
+def lookup(indexes: Sources) -> Lookup:
+    return Lookup(indexes.flashinfer, indexes.sglang, SHAS)
 
 
 @pytest.mark.parametrize("name", ["flashinfer.rmsnorm", "flashinfer.norm.rmsnorm"])

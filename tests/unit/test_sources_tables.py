@@ -46,9 +46,8 @@ def _link(source: str, target: str) -> None:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The older pair laid out as the repositories are, the newer as unpacked wheels."""
     if request.param == "0.5.17":
-        cloned = request.getfixturevalue("cloned")
-        apis, uses = index_flashinfer(cloned / "flashinfer"), index_sglang(cloned / "sglang")
-        return Pair("0.6.15", "0.5.17", apis, uses)
+        indexes = request.getfixturevalue("indexes")
+        return Pair("0.6.15", "0.5.17", indexes.flashinfer, indexes.sglang)
     tree = tmp_path_factory.mktemp("wheels")
     for folder in ("sglang/srt", "sglang/kernels"):
         source = download("sglang", "0.5.23") / folder
