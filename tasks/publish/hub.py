@@ -28,6 +28,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     Discussion,
     DiscussionComment,
+    DiscussionCommit,
     DiscussionWithDetails,
     HfApi,
     RepoFile,
@@ -73,6 +74,7 @@ _ATTEMPTS = 6
 _LONGEST_WAIT = 300
 """Seconds: the Hub counts requests over five minutes."""
 _MOST_SAID = 1000
+_log = logging.getLogger(__name__)
 _TITLE = re.compile(r"Add [^\s:]+(?:: .*)?")
 """How we title pull requests (`render.dataset_pull_request`)."""
 
@@ -274,13 +276,21 @@ class HubPublisher:
             raise
 
     def _complete(self, pull: DiscussionWithDetails, wanted: _Wanted) -> str:
-        """Let an open pull request have everything; one that has is left as people left it."""
+        """Let an open pull request have everything, and no more.
+
+        One that has is left as people left it, and so is one that others have committed to.
+        """
         revision = f"refs/pr/{pull.num}"
         self._forget_what_is_there(wanted.left, revision)
         gone = self._no_longer_wanted(wanted, revision)
-        if wanted.left or gone:
-            self._tell(pull, wanted)
-            self._send(wanted, revision, gone)
+        if not wanted.left and not gone:
+            return pull.url
+        authors = {event.author for event in pull.events if isinstance(event, DiscussionCommit)}
+        if others := sorted(authors - {self._me}):
+            _log.warning("%s: left to %s", pull.url, one_line(", ".join(others)))
+            return pull.url
+        self._tell(pull, wanted)
+        self._send(wanted, revision, gone)
         return pull.url
 
     def _forget_what_is_there(self, left: dict[str, CommitOperationAdd], revision: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from huggingface_hub import _upload_pipeline, set_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi, _upload_pipeline, set_client_factory
 from huggingface_hub.utils import enable_progress_bars
 from huggingface_hub.utils._http import default_client_factory
 from hypothesis import given
@@ -377,6 +377,23 @@ def test_a_new_version_goes_to_the_same_pull_request(place: Place) -> None:
     assert pull.title == new.title
     assert text(pull).startswith("Another body.\n")
     assert place.commits() == 2
+
+
+def test_what_others_committed_to_is_left_to_them(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = place.publish()
+    definition = f"definitions/gemm/{KEY}.json"
+    theirs = CommitOperationAdd(definition, b'{"name": "as a reviewer wants it"}\n')
+    reviewer = HfApi(place.hub.url, place.hub.user("maintainer"))
+    reviewer.create_commit(
+        NAME, [theirs], commit_message="Edit", repo_type="dataset", revision="refs/pr/1"
+    )
+    before = place.at("refs/pr/1")
+    assert before[definition] == theirs.path_or_fileobj
+    assert place.publish(files=FILES | {f"traces/{KEY}.jsonl": b"{}\n"}) == url
+    assert place.at("refs/pr/1") == before
+    assert f"{url}: left to maintainer" in caplog.text
 
 
 def test_only_our_own_marker_counts(place: Place) -> None:
