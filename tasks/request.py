@@ -87,6 +87,7 @@ class OnboardRequest(BaseModel):
     )
     sglang_pr: tuple[str, ...] = Field(
         default=(),
+        title="SGLang pull requests",
         description="SGLang pull requests that somebody has opened: the kernels that SGLang lacks "
         "wait for them, and none is prepared. A URL for all of them, or KERNEL=URL for one, or for "
         "those of an op type.",
