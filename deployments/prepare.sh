@@ -2,10 +2,14 @@
 # Make the folders and the secrets that deployments/compose.yaml and the gpu pool mount; what is
 # there stays. On a further GPU host: copy secrets/client.toml to it, then run this there too.
 #
-#     deployments/prepare.sh [FOLDER]     default: ONBOARD_HOME, /srv/onboard
+#     deployments/prepare.sh [FOLDER]     default: ONBOARD_HOME, also of deployments/.env; /srv/onboard
 set -euo pipefail
 umask 077
 
+settings=$(dirname "$0")/.env
+if [[ -z ${ONBOARD_HOME:-} && -f $settings ]]; then
+    ONBOARD_HOME=$(sed -n 's/^ONBOARD_HOME=//p' "$settings")
+fi
 HOME_FOLDER=${1:-${ONBOARD_HOME:-/srv/onboard}}
 USER_ID=${USER_ID:-10001} # of both images
 

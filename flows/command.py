@@ -26,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a kernel failed, 2 wrong input, 3 waiting upstream.",
+    epilog="Exit codes: 0 done, 1 a kernel or a check failed, 2 wrong input, 3 something waits: "
+    "for upstream, a reviewer, a reference.",
 )
 
 Workspace = Annotated[

@@ -56,7 +56,15 @@ from tasks import files
 from tasks.errors import PublishError
 from tasks.git import redact
 from tasks.manifest import Upstream
-from tasks.publish.base import LARGEST_FILE, Branch, NothingNewError, Post, marker, text_of
+from tasks.publish.base import (
+    LARGEST_FILE,
+    TITLE_LIMIT,
+    Branch,
+    NothingNewError,
+    Post,
+    marker,
+    text_of,
+)
 from tasks.publish.markdown import one_line, scrubbed
 
 INITIAL_COMMIT_SIZE = 250
@@ -285,13 +293,22 @@ class HubPublisher:
         gone = self._no_longer_wanted(wanted, revision)
         if not wanted.left and not gone:
             return pull.url
-        authors = {event.author for event in pull.events if isinstance(event, DiscussionCommit)}
-        if others := sorted(authors - {self._me}):
+        if others := sorted(self._others(pull, wanted.post)):
             _log.warning("%s: left to %s", pull.url, one_line(", ".join(others)))
             return pull.url
         self._tell(pull, wanted)
         self._send(wanted, revision, gone)
         return pull.url
+
+    def _others(self, pull: DiscussionWithDetails, post: Post) -> set[str]:
+        """Return who has committed to a pull request besides us, perhaps with our account."""
+        commits = (event for event in pull.events if isinstance(event, DiscussionCommit))
+        ours = f"Add {post.key}"[:TITLE_LIMIT]
+        return {
+            commit.author
+            for commit in commits
+            if commit.author != self._me or not commit.summary.startswith(ours)
+        }
 
     def _forget_what_is_there(self, left: dict[str, CommitOperationAdd], revision: str) -> None:
         for paths in _batches(tuple(left)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import tomllib
@@ -61,6 +62,15 @@ def test_the_server_and_its_clients_know_one_password(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "secrets").iterdir()}
     _prepare(tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "secrets").iterdir()} == before
+
+
+def test_the_folder_is_that_of_the_settings(tmp_path: Path) -> None:
+    script = shutil.copy(DEPLOYMENTS / "prepare.sh", tmp_path)
+    (tmp_path / ".env").write_text(f"CONTROL_LIMIT=4\nONBOARD_HOME={tmp_path / 'home'}\n")
+    environment = {**os.environ, "USER_ID": str(os.getuid())}
+    environment.pop("ONBOARD_HOME", None)
+    subprocess.run([script], env=environment, check=True)
+    assert (tmp_path / "home" / "secrets" / "client.toml").exists()
 
 
 def test_only_the_gpu_worker_reaches_the_engine(compose: dict[str, Any]) -> None:

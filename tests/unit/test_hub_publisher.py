@@ -379,13 +379,14 @@ def test_a_new_version_goes_to_the_same_pull_request(place: Place) -> None:
     assert place.commits() == 2
 
 
+@pytest.mark.parametrize("who", ["maintainer", "contributor"])
 def test_what_others_committed_to_is_left_to_them(
-    place: Place, caplog: pytest.LogCaptureFixture
+    place: Place, caplog: pytest.LogCaptureFixture, who: str
 ) -> None:
     url = place.publish()
     definition = f"definitions/gemm/{KEY}.json"
     theirs = CommitOperationAdd(definition, b'{"name": "as a reviewer wants it"}\n')
-    reviewer = HfApi(place.hub.url, place.hub.user("maintainer"))
+    reviewer = HfApi(place.hub.url, place.hub.user(who))
     reviewer.create_commit(
         NAME, [theirs], commit_message="Edit", repo_type="dataset", revision="refs/pr/1"
     )
@@ -393,7 +394,7 @@ def test_what_others_committed_to_is_left_to_them(
     assert before[definition] == theirs.path_or_fileobj
     assert place.publish(files=FILES | {f"traces/{KEY}.jsonl": b"{}\n"}) == url
     assert place.at("refs/pr/1") == before
-    assert f"{url}: left to maintainer" in caplog.text
+    assert f"{url}: left to {who}" in caplog.text
 
 
 def test_only_our_own_marker_counts(place: Place) -> None:
