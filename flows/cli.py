@@ -22,7 +22,7 @@ from flows.command import (
     Workspace,
     app,
     integers,
-    listed,
+    named,
     newest_manifests,
     print_table,
     reported,
@@ -288,14 +288,12 @@ def collect(
     """Serve a model on this host's GPUs and collect workloads from its calls (phase 3)."""
     from tasks.collect.request import parse_request
 
-    chosen = tuple(listed(definitions))
-    if definitions and not chosen:
-        raise InputError("--definitions: names no definition")
+    names = tuple(named(definitions, "--definitions"))
     if model_path is not None and Path(model_path).is_dir():
         model_path = str(Path(model_path).absolute())
     request = parse_request(
         manifest=manifest.absolute(),
-        definitions=chosen,
+        definitions=names,
         batch_sizes=integers(batch_sizes, "--batch-sizes"),
         dataset_kind=dataset_kind,
         dataset_path=dataset_path.absolute() if dataset_path else None,

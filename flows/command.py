@@ -107,6 +107,18 @@ def listed(texts: Iterable[str] | None) -> list[str]:
     return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
 
 
+def named(texts: Iterable[str] | None, option: str) -> list[str]:
+    """Read an option that names definitions.
+
+    Raises:
+        InputError: it is given, and names none.
+    """
+    names = listed(texts)
+    if texts and not names:
+        raise InputError(f"{option}: names no definition")
+    return names
+
+
 def print_table(title: str, rows: Iterable[Mapping[str, str]]) -> None:
     """Print rows under their keys; a pipe gets whole lines, a narrow terminal wraps them."""
     from rich.console import Console

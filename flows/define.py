@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.command import AsJson, listed, print_table, reported
+from flows.command import AsJson, named, print_table, reported
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def define(
         return _crosscheck(crosscheck, dumps, manifest, as_json=as_json)
     if dataset is None:
         raise InputError("--dataset: missing; where should the definitions go?")
-    names = listed(only)
-    if only and not names:
-        raise InputError("--only: names no definition")
+    names = named(only, "--only")
     if dataset.exists() and not dataset.is_dir():
         raise InputError(f"--dataset: {dataset} is no folder")
     if reference is not None and len(names) != 1:

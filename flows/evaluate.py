@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.command import AsJson, listed, print_table, reported
+from flows.command import AsJson, named, print_table, reported
 from tasks.errors import CollectError, InputError
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ def evaluate(
     from tasks.ops.base import Effort
     from tasks.settings import load_settings
 
-    names = listed(definitions)
-    if definitions and not names:
-        raise InputError("--definitions: names no definition")
+    names = named(definitions, "--definitions")
     places = _chosen(dataset, names)
     why = evaluation.unavailable()
     if why:

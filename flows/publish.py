@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.command import AsJson, Workspace, listed, newest_manifests, print_table, reported
+from flows.command import AsJson, Workspace, named, newest_manifests, print_table, reported
 from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def publish(
 
     Those of definitions that are named are brought up to date if they are open already.
     """
-    names = listed(definitions)
-    if definitions and not names:
-        raise InputError("--definitions: names no definition")
+    names = named(definitions, "--definitions")
     paths = [manifest.absolute()] if manifest else newest_manifests(workspace)
     work, damaged = _Work.found(paths, names)
     for folder in {part.path.parent for part in work if part.pairs}:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.command import AsJson, listed, print_table, reported
+from flows.command import AsJson, named, print_table, reported
 from tasks.errors import InputError, OnboardError
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def sanitize(
 
     Exits with 1 if a named definition, or a derived one, got no rows; without names, if none did.
     """
-    names = listed(definitions)
-    _check(dump_dir, dataset, definitions, names, derive=derive_definitions)
+    names = named(definitions, "--definitions")
+    _check(dump_dir, dataset, names, derive=derive_definitions)
     from tasks.collect.sanitize import open_calls
 
     model = _kernels(model_config) if model_config else None
@@ -112,7 +112,6 @@ def sanitize(
 def _check(
     dump_dir: Path,
     dataset: Path,
-    given: Sequence[str] | None,
     names: Sequence[str],
     *,
     derive: bool,
@@ -127,8 +126,6 @@ def _check(
             f"--dataset: {dataset} has no definitions/ folder; give --derive-definitions to write "
             "those that the calls imply"
         )
-    if given and not names:
-        raise InputError("--definitions: names no definition")
     if names and derive:
         raise InputError("give --definitions or --derive-definitions, not both")
 

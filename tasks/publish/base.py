@@ -20,6 +20,15 @@ TITLE_LIMIT = 200
 """Longest title of a discussion on the Hub, as its OpenAPI description has it; GitHub takes 256."""
 
 
+ODD_ANSWER = (AttributeError, LookupError, TypeError, ValueError)
+"""What clients make of an answer that is not their site's: cut off, or a proxy's page."""
+
+
+def titled(key: str) -> str:
+    """Return how the titles of a definition's dataset pull request begin."""
+    return f"Add {key}"[:TITLE_LIMIT]
+
+
 def marker(key: str, kind: str) -> str:
     """Return the line that identifies a body, so that it is found again and never sent twice."""
     return f"<!-- onboard:{key}:{kind} -->"

@@ -39,7 +39,7 @@ from requests import RequestException
 from tasks.errors import InputError, OnboardError, PublishError
 from tasks.git import AUTHOR, GitError, check_remote, git
 from tasks.manifest import Upstream
-from tasks.publish.base import Branch, NothingNewError, Post, marker, text_of
+from tasks.publish.base import ODD_ANSWER, Branch, NothingNewError, Post, marker, text_of
 from tasks.publish.branch import write_commit
 from tasks.publish.markdown import one_line
 from tasks.settings import REPOSITORY, github_site
@@ -54,8 +54,7 @@ _SCOPES = (
     "a classic token needs the scope `public_repo` (and `workflow`, if the fork is behind), a "
     "fine-grained one write access to contents, issues and pull requests"
 )
-_ODD = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
-"""What the client makes of an answer that is not GitHub's: cut off, or a proxy's page."""
+_ODD = (AssertionError, *ODD_ANSWER)
 _FAILED = (GithubException, RequestException, *_ODD)
 _AGAIN = "run it again later, and it goes on where it stopped"
 T = TypeVar("T", Issue, PullRequest, Repository)

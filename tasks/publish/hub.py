@@ -58,12 +58,13 @@ from tasks.git import redact
 from tasks.manifest import Upstream
 from tasks.publish.base import (
     LARGEST_FILE,
-    TITLE_LIMIT,
+    ODD_ANSWER,
     Branch,
     NothingNewError,
     Post,
     marker,
     text_of,
+    titled,
 )
 from tasks.publish.markdown import one_line, scrubbed
 
@@ -84,7 +85,7 @@ _LONGEST_WAIT = 300
 _MOST_SAID = 1000
 _log = logging.getLogger(__name__)
 _TITLE = re.compile(r"Add [^\s:]+(?:: .*)?")
-"""How we title pull requests (`render.dataset_pull_request`)."""
+"""How pull requests are titled (`titled`, and what they contain)."""
 
 _State = Literal["open", "draft", "merged", "rejected"]
 _STATES: Mapping[str, _State] = {
@@ -93,11 +94,8 @@ _STATES: Mapping[str, _State] = {
     "merged": "merged",
     "closed": "rejected",
 }
-_FAILURES = (
-    *(httpx2.HTTPError, OSError, RuntimeError),
-    *(AttributeError, LookupError, TypeError, ValueError),
-)
-"""What the library raises; the second line is what it makes of an answer that is not the Hub's."""
+_FAILURES = (httpx2.HTTPError, OSError, RuntimeError, *ODD_ANSWER)
+"""What the library raises."""
 _SET_UP = threading.Lock()
 T = TypeVar("T")
 _Operation = CommitOperationAdd | CommitOperationDelete
@@ -289,8 +287,7 @@ class HubPublisher:
         One that has is left as people left it, and so is one that others have committed to.
         """
         revision = f"refs/pr/{pull.num}"
-        self._forget_what_is_there(wanted.left, revision)
-        gone = self._no_longer_wanted(wanted, revision)
+        gone = self._compare(wanted, revision)
         if not wanted.left and not gone:
             return pull.url
         if others := sorted(self._others(pull, wanted.post)):
@@ -303,48 +300,47 @@ class HubPublisher:
     def _others(self, pull: DiscussionWithDetails, post: Post) -> set[str]:
         """Return who has committed to a pull request besides us, perhaps with our account."""
         commits = (event for event in pull.events if isinstance(event, DiscussionCommit))
-        ours = f"Add {post.key}"[:TITLE_LIMIT]
+        ours = titled(post.key)
         return {
             commit.author
             for commit in commits
             if commit.author != self._me or not commit.summary.startswith(ours)
         }
 
-    def _forget_what_is_there(self, left: dict[str, CommitOperationAdd], revision: str) -> None:
-        for paths in _batches(tuple(left)):
-            there = self._api.get_paths_info(
-                self._place, paths, revision=revision, repo_type="dataset"
-            )
-            for file in there:
-                if isinstance(file, RepoFile) and _is_same(left[file.path], file):
-                    del left[file.path]
+    def _compare(self, wanted: _Wanted, revision: str) -> tuple[CommitOperationDelete, ...]:
+        """Forget of what is left what a pull request has.
 
-    def _no_longer_wanted(
-        self, wanted: _Wanted, revision: str
-    ) -> tuple[CommitOperationDelete, ...]:
-        """Return what removes the files that only the pull request has, from an earlier version."""
-        extra = sorted(self._files_at(wanted.owned, revision) - wanted.paths)
-        kept = self._files_at(extra, "main") if extra else set()
+        Returns:
+            What removes the files that it alone has, from an earlier version.
+        """
+        asked = dict.fromkeys((*wanted.left, *wanted.owned))
+        extra = []
+        for path, file in self._files_at(tuple(asked), revision).items():
+            if path in wanted.left and _is_same(wanted.left[path], file):
+                del wanted.left[path]
+            elif path not in wanted.paths:
+                extra.append(path)
+        kept = self._files_at(extra, "main")
         return tuple(CommitOperationDelete(path) for path in extra if path not in kept)
 
-    def _files_at(self, paths: Sequence[str], revision: str) -> set[str]:
-        """Return the files that are there, and those in the folders that are."""
-        found = set()
-        for some in _batches(paths):
+    def _files_at(self, paths: Sequence[str], revision: str) -> dict[str, RepoFile]:
+        """Return the files that are there, and those in the folders that are, by path."""
+        found: dict[str, RepoFile] = {}
+        for start in range(0, len(paths), _PATHS):
             for entry in self._api.get_paths_info(
-                self._place, some, revision=revision, repo_type="dataset"
+                self._place,
+                list(paths[start : start + _PATHS]),
+                revision=revision,
+                repo_type="dataset",
             ):
-                if isinstance(entry, RepoFolder):
-                    found |= self._files_in(entry.path, revision)
-                else:
-                    found.add(entry.path)
+                inside = [entry] if isinstance(entry, RepoFile) else self._tree(entry, revision)
+                found |= {file.path: file for file in inside if isinstance(file, RepoFile)}
         return found
 
-    def _files_in(self, folder: str, revision: str) -> set[str]:
-        listed = self._api.list_repo_tree(
-            self._place, folder, recursive=True, revision=revision, repo_type="dataset"
+    def _tree(self, folder: RepoFolder, revision: str) -> Iterable[RepoFile | RepoFolder]:
+        return self._api.list_repo_tree(
+            self._place, folder.path, recursive=True, revision=revision, repo_type="dataset"
         )
-        return {entry.path for entry in listed if isinstance(entry, RepoFile)}
 
     def _tell(self, pull: DiscussionWithDetails, wanted: _Wanted) -> None:
         """Let title and text say what is about to be sent."""
@@ -517,12 +513,6 @@ def _check_source(source: Path, clone: Path) -> None:
         )
     if source.is_relative_to(clone):
         files.check_inside(clone, source.relative_to(clone).parent)
-
-
-def _batches(paths: Sequence[str]) -> Iterator[list[str]]:
-    """Divide paths into those of one question each."""
-    for start in range(0, len(paths), _PATHS):
-        yield list(paths[start : start + _PATHS])
 
 
 def _parts(operations: Iterable[_Operation]) -> Iterator[list[_Operation]]:

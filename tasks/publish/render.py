@@ -19,7 +19,7 @@ from tasks.dataset import DefinitionFiles
 from tasks.errors import InputError, PublishError
 from tasks.manifest import DONE, KernelEntry, RunManifest
 from tasks.ops.base import FlashInferApi, KernelSpec, NoKernel, Provider
-from tasks.publish.base import BODY_LIMIT, TITLE_LIMIT, Branch, Checklist, Post, marker
+from tasks.publish.base import BODY_LIMIT, TITLE_LIMIT, Branch, Checklist, Post, marker, titled
 from tasks.publish.markdown import FILTERS, fits, one_line, scrubbed, width
 from tasks.publish.requested import is_public, public_address, without_request
 from tasks.publish.sites import Site, sglang_site
@@ -192,8 +192,8 @@ def dataset_pull_request(
         repo_id=subject.manifest.hf_repo_id,
         request=public_address(request, subject.workspace) if request else "",
     )
-    title = f"Add {name}: {_contents(staged)}"
-    title = title if width(title) <= TITLE_LIMIT else f"Add {name}"[:TITLE_LIMIT]
+    title = f"{titled(name)}: {_contents(staged)}"
+    title = title if width(title) <= TITLE_LIMIT else titled(name)
     log, attached = checked.log, ""
     if not fits(body, log, BODY_LIMIT - width(f"\n\n{marker(name, 'dataset')}\n")):
         whole = subject.collected.with_suffix(".log")

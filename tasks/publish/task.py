@@ -19,8 +19,6 @@ from tasks.publish.scaffold import NothingToScaffoldError
 from tasks.publish.sglang import of_another_model, sglang_by_hand, sglang_pull_request
 from tasks.step import step
 
-_LEFT = "%s: %s is left as it is: there is no token to bring it up to date with"
-
 
 def _subject(path: Path, name: str) -> tuple[Subject, Publishers]:
     run = manifest.load(path)
@@ -47,6 +45,15 @@ def request_kernel(path: Path, name: str, phase2_status: str | None = None) -> s
     _note_request(subject, url)
     get_run_logger().info("kernel request: %s", url)
     return str(url)
+
+
+def _left(name: str, url: str | None, site: OpensPullRequests | None) -> str | None:
+    """Return a public pull request that there is no token to bring up to date with; say so."""
+    if site or not is_public(url):
+        return None
+    why = "there is no token to bring it up to date with"
+    get_run_logger().warning("%s: %s is left as it is: %s", name, url, why)
+    return url
 
 
 def _opened(publisher: OpensPullRequests, post: Post, branch: Branch) -> str:
@@ -132,9 +139,8 @@ def publish_dataset(path: Path, name: str) -> str:
     subject, publishers = _subject(path, name)
     log = get_run_logger()
     known = subject.manifest.pull_requests(name).flashinfer_trace_pr
-    if known and is_public(known) and not publishers.hub:
-        log.warning(_LEFT, name, known)
-        return known
+    if left := _left(name, known, publishers.hub):
+        return left
     # The definition may have been staged again since the kernel was requested.
     _note_request(subject, subject.entry.fi_issue_url)
     checked = checklist.check_dataset(subject).require()
@@ -158,9 +164,8 @@ def publish_coverage(path: Path, name: str, dataset_pr: str) -> str:
     subject, publishers = _subject(path, name)
     log = get_run_logger()
     known = subject.manifest.pull_requests(name).flashinfer_bench_pr
-    if known and is_public(known) and not publishers.github:
-        log.warning(_LEFT, name, known)
-        return known
+    if left := _left(name, known, publishers.github):
+        return left
     upstream = publishers.github is not None and is_public(dataset_pr)
     publisher = publishers.for_branches if upstream else publishers.outbox
     clone = settings.load_settings(path.parent).clone("flashinfer_bench")
