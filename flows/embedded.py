@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 from filelock import FileLock, Timeout
@@ -99,47 +100,68 @@ def prefect_server(workspace: Path, port: int | None = None) -> Iterator[str]:
     before = dict(os.environ)
     services = {} if port else _ONE_COMMAND
     port = port or _free_port()
-    url = f"http://127.0.0.1:{port}/api"
     shared = {
         "PREFECT_HOME": str(folder),
         "PREFECT_LOCAL_STORAGE_PATH": str(folder / "storage"),
-        "PREFECT_API_URL": url,
         **{name: ",".join(filter(None, (os.environ.get(name), "127.0.0.1"))) for name in _NO_PROXY},
     }
-    database = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
     try:
-        with (
-            (folder / "server.log").open("ab") as log,
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "prefect", "server", "start"),
-                    *("--host", "127.0.0.1", "--port", str(port)),
-                ],
-                env={
-                    **os.environ,
-                    **_SERVER,
-                    **services,
-                    **shared,
-                    "PREFECT_API_DATABASE_CONNECTION_URL": database,
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  one system call before exec
-            ) as server,
-        ):
+        with server_process(folder, port, services) as url:
+            os.environ.update({**_CLIENT, **shared, "PREFECT_API_URL": url})
             try:
-                _wait_until_healthy(url, server, folder / "server.log")
-                os.environ.update({**_CLIENT, **shared})
                 yield url
             finally:
-                _send_what_is_queued()
                 os.environ.clear()
                 os.environ.update(before)
-                _stop(server)
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def server_process(
+    folder: Path, port: int, settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
+    """Run a server on loopback, and nothing else, while the block runs.
+
+    Args:
+        folder: holds the database and the server's log.
+        port: to listen on.
+        settings: more of its environment.
+
+    Yields:
+        The API's URL.
+
+    Raises:
+        OnboardError: it did not start.
+    """
+    url = f"http://127.0.0.1:{port}/api"
+    with (
+        (folder / "server.log").open("ab") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "flows.server", "--host", "127.0.0.1", "--port", str(port)],
+            env={
+                **os.environ,
+                **_SERVER,
+                **settings,
+                "PREFECT_HOME": str(folder),
+                "PREFECT_API_URL": url,
+                "PREFECT_API_DATABASE_CONNECTION_URL": (
+                    f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
+                ),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  one system call before exec
+        ) as server,
+    ):
+        try:
+            _wait_until_healthy(url, server, folder / "server.log")
+            yield url
+        finally:
+            _send_what_is_queued()
+            _stop(server)
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -17,6 +17,8 @@ import tomli_w
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from flows.embedded import server_process
+from tasks.collect.keeper import free_port
 from tasks.discover.inventory import Sources
 from tasks.discover.phase import read_sources
 from tasks.git import short_sha
@@ -150,9 +152,23 @@ def own_dumps(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """One Prefect server with a temporary database for all flow tests."""
-    from prefect.testing.utilities import prefect_test_harness
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A server's folder with its database, which takes a while to make; read only."""
 
-    with prefect_test_harness(server_startup_timeout=180):
+    def make(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        with server_process(folder, free_port()):
+            pass
+
+    return shared(tmp_path_factory, "prefect", make)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Prefect server with a database of its own for all flow tests."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    folder = tmp_path_factory.mktemp("prefect") / "server"
+    shutil.copytree(prefect_home, folder)
+    with server_process(folder, free_port()) as url, temporary_settings({PREFECT_API_URL: url}):
         yield

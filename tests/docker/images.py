@@ -104,7 +104,8 @@ def make(client: docker.DockerClient, image: str) -> str:
 def _base(client: docker.DockerClient) -> str:
     """Make Debian with our installed packages in `/opt/venv`, unless that is there."""
     debian = client.images.get(DEBIAN)
-    installed = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
+    # A set: where this repository is on the path it is found twice.
+    installed = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()})
     content = "\n".join([str(debian.id), sys.version, _LABEL, *_LEFT_OUT, *installed])
     name = f"{_BASE}:{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     try:

@@ -239,12 +239,13 @@ def prefect_server(
         ),
         **(more or {}),
     }
-    start = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
+    start = ("prefect", "server", "start") if database else ("flows.server",)
+    address = ("--host", "127.0.0.1", "--port", str(port))
     auth = httpx.BasicAuth(*password.split(":"))
     with (
         httpx.Client(base_url=url, auth=auth, timeout=30, transport=_Patient()) as api,
         _running(
-            [sys.executable, "-m", "prefect", *start], environment, folder / "server.log"
+            [sys.executable, "-m", *start, *address], environment, folder / "server.log"
         ) as server,
     ):
         until("the Prefect server", lambda: api.get("/health").is_success)
