@@ -8,6 +8,7 @@ cells that change; everything else stays byte for byte, whatever its line ends.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import re
 from collections import Counter
@@ -169,8 +170,9 @@ def _spans(line: str) -> list[tuple[int, int]]:
     return list(zip([pipe + 1 for pipe in pipes], ends, strict=False))
 
 
-def _cells(line: str) -> list[str]:
-    return [line[start:end].strip() for start, end in _spans(line)]
+@functools.lru_cache(maxsize=4096)  # every edit reads all tables again, most of them unchanged
+def _cells(line: str) -> tuple[str, ...]:
+    return tuple(line[start:end].strip() for start, end in _spans(line))
 
 
 def _cell(line: str, column: int) -> str:
@@ -305,7 +307,7 @@ class CoverageDocument:
         yield section
 
     def _is_rule(self, index: int, columns: int) -> bool:
-        cells = _cells(self.lines[index]) if index < len(self.lines) else []
+        cells = _cells(self.lines[index]) if index < len(self.lines) else ()
         return len(cells) == columns and all(_RULE.fullmatch(cell) for cell in cells)
 
     def _summary(self) -> _Table:

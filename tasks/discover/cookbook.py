@@ -10,6 +10,7 @@ it is the one that would say how the wanted model is served.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -77,8 +78,9 @@ def _check_shape(raw: bytes) -> None:
         open_nodes[-1] = (outer, so_far + size)
 
 
-def read_models(raw: bytes, where: str) -> list[dict[str, Any]]:
-    """Return the model entries of a cookbook file's content.
+@functools.lru_cache(maxsize=256)  # a night asks the same files about many models
+def read_models(raw: bytes, where: str) -> tuple[dict[str, Any], ...]:
+    """Return the model entries of a cookbook file's content; read only.
 
     Args:
         raw: the content.
@@ -101,7 +103,8 @@ def read_models(raw: bytes, where: str) -> list[dict[str, Any]]:
         raise InputError(f"{where}: not a readable YAML file ({first})") from error
     if not isinstance(document, dict) or not isinstance(document.get("families"), list):
         raise InputError(f"{where}: has no list of families; is it a cookbook file?")
-    return [model for family in _items(document, "families") for model in _items(family, "models")]
+    families = _items(document, "families")
+    return tuple(model for family in families for model in _items(family, "models"))
 
 
 def _items(node: Any, key: str) -> list[dict[str, Any]]:
