@@ -28,6 +28,9 @@ from tasks.settings import load_settings
 
 DATA = Path(__file__).parent / "data"
 
+# Processes of tests share the cores: torch's threads would spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Nothing is timed: machines differ.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
