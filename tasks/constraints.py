@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from tasks import syntax
+
 _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -51,7 +53,7 @@ class Comparison:
 def _parsed(constraint: str) -> ast.Compare | None:
     """Return the one comparison that a constraint is; None if it is anything else."""
     try:
-        tree = ast.parse(constraint, mode="eval").body
+        tree = syntax.parse_expression(constraint).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return tree if isinstance(tree, ast.Compare) and len(tree.ops) == 1 else None

@@ -10,6 +10,7 @@ import ast
 import json
 from typing import Any
 
+from tasks import syntax
 from tasks.errors import DefinitionError
 
 DTYPES = frozenset(
@@ -55,7 +56,7 @@ def _check_tensors(part: str, tensors: Any, axes: Any) -> None:
 
 def _check_reference(source: str, inputs: Any) -> None:
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise DefinitionError(f"reference: not Python ({error})") from error
     run = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "run"]
@@ -86,7 +87,7 @@ def _texts(definition: dict[str, Any], key: str) -> list[str]:
 def _check_constraint(constraint: str, known: set[str]) -> None:
     """Check that a constraint only compares: whoever evaluates it runs it as Python."""
     try:
-        tree = ast.parse(constraint, mode="eval")
+        tree = syntax.parse_expression(constraint)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DefinitionError(f"constraints: {constraint!r} is no expression") from error
     for node in ast.walk(tree):

@@ -19,6 +19,7 @@ import ast
 from dataclasses import dataclass
 from typing import Any
 
+from tasks import syntax
 from tasks.define.repair.syntax import lines_of
 from tasks.errors import DefinitionError
 
@@ -53,7 +54,7 @@ class Supplied:
         if len(source) > _MAX_CHARACTERS:
             raise DefinitionError(f"reference: longer than {_MAX_CHARACTERS} characters")
         try:
-            tree = ast.parse(source)
+            tree = syntax.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise DefinitionError(f"reference: not Python ({error})") from error
         top: dict[str, list[ast.stmt]] = {}

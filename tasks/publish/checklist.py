@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from tasks import files, git, ops
+from tasks import files, git, ops, syntax
 from tasks.coverage_doc import PATH as COVERAGE_PATH
 from tasks.coverage_doc import CoverageDocument
 from tasks.define.staged import fingerprint, prove_again
@@ -337,7 +337,7 @@ def _has_no_baseline(staged: Staged) -> bool:
 
 def _imports_flashinfer(source: str) -> bool:
     names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(syntax.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -347,7 +347,7 @@ def _imports_flashinfer(source: str) -> bool:
 
 def _shape(source: str) -> str:
     """Return what Python text does, however it is set."""
-    return ast.dump(ast.parse(source))
+    return ast.dump(syntax.parse(source))
 
 
 def _traces(staged: Staged) -> Verdict:

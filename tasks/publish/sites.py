@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks import git
+from tasks import git, syntax
 from tasks.git import GitError
 
 _SITE = re.compile(r"(?P<file>[\w./-]+\.(?:py|cu|cuh|cpp|h))(?::(?P<line>\d+))?", re.ASCII)
@@ -58,7 +58,7 @@ def _line_of(file: str, keyword: str, clone: Path) -> int | None:
     if not keyword or not (clone / ".git").exists():
         return None
     try:
-        tree = ast.parse(git.run("show", f"HEAD:{file}", cwd=clone))
+        tree = syntax.parse(git.run("show", f"HEAD:{file}", cwd=clone))
     except (GitError, SyntaxError, ValueError, RecursionError):
         return None
     named = [

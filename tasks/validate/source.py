@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import warnings
 
+from tasks import syntax
+
 
 def parsed(source: str) -> ast.Module | str:
     """Return the syntax tree of Python text that compiles, or why it does not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            tree = ast.parse(source)
+            tree = syntax.parse(source)
             compile(source, "<dataset>", "exec", dont_inherit=True)
         except SyntaxError as error:
             return f"is not Python (line {error.lineno}: {error.msg})"

@@ -37,7 +37,7 @@ class GpuPool:
 
     def container(self, name: str) -> docker.models.containers.Container | None:
         """Return a run's container, while there is one."""
-        found = self.engine.containers.list(filters={"name": f"^/{name}$"})
+        found = self.engine.containers.list(filters={"name": f"^/{name}$"}, ignore_removed=True)
         return found[0] if found else None
 
 
@@ -96,5 +96,7 @@ def gpu_pool(
                 yield GpuPool(prefect, engine, worker_image, host["store"])
         finally:
             label = f"{_LABEL}={folder.name}"
-            for container in engine.containers.list(all=True, filters={"label": label}):
+            for container in engine.containers.list(
+                all=True, filters={"label": label}, ignore_removed=True
+            ):
                 container.remove(force=True)

@@ -58,7 +58,7 @@ class House:
     def containers(self, **more: bool) -> list[docker.models.containers.Container]:
         """Return its containers."""
         found: list[docker.models.containers.Container] = self.engine.containers.list(
-            filters={"label": self.label}, **more
+            filters={"label": self.label}, ignore_removed=True, **more
         )
         return found
 

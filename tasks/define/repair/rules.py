@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Callable
 
+from tasks import syntax
 from tasks.define.check import DTYPES
 from tasks.define.repair.answer import Draft, Json, texts
 from tasks.define.repair.run import rule_imports, rule_run
@@ -256,7 +257,7 @@ def rule_constraints(draft: Draft) -> None:
     kept = []
     for constraint in draft.constraints:
         try:
-            names = {n.id for n in ast.walk(ast.parse(constraint)) if isinstance(n, ast.Name)}
+            names = {n.id for n in ast.walk(syntax.parse(constraint)) if isinstance(n, ast.Name)}
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         if names - set(dir(builtins)) <= draft.axes.keys() | draft.inputs.keys():

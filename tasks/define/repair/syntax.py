@@ -7,6 +7,7 @@ import builtins
 import symtable
 from collections.abc import Iterator
 
+from tasks import syntax
 from tasks.errors import DefinitionError
 
 Function = ast.FunctionDef
@@ -29,7 +30,7 @@ def parse_source(source: str) -> ast.Module:
     if len(source) > _LONGEST:
         raise fail("reference", f"{len(source)} characters, at most {_LONGEST} are read")
     try:
-        return ast.parse(source)
+        return syntax.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise fail("reference", f"not Python ({error})") from error
 
